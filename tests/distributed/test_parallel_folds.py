@@ -13,7 +13,7 @@ import pytest
 from tests.processes import finish, start, wait_for
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
-from triderm_dist.engine.parallel_folds import PROCESS_BYTES, _memory_per_fold, fitting, prepare, run_tasks
+from triderm_dist.engine.parallel_folds import PROCESS_BYTES, _memory_per_fold, prepare, processes_that_fit, run_tasks
 from triderm_dist.engine.ray_folds import RayTasks, _schedule
 from triderm_dist.schema import ConfigError, InputError
 
@@ -148,7 +148,7 @@ def test_failed_folds_are_restarted_and_final_failures_reported(tmp_path):
 )
 def test_memory_limits_the_folds_at_once(processes, gib, need, expected):
     memory = None if gib is None else gib << 30
-    assert fitting(processes, memory, lambda: need * 2**30) == expected
+    assert processes_that_fit(processes, memory, lambda: need * 2**30) == expected
 
 
 @pytest.mark.slow

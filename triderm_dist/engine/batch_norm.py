@@ -17,14 +17,14 @@ _COUNT = "num_batches_tracked"
 
 
 class RunningStatistics:
-    """Updates the running means and variances of trained batch norms once per step, by the mean over all micro-batches
-    of all ranks, so that they are the same on every rank and do not depend on the split.
+    """Updates the running means and variances of trained batch norms once per step, with the mean over the
+    micro-batches of all ranks. They are equal on every rank and independent of the split.
 
-    By default each rank would follow its own micro-batches, and a first pass without gradients and activation
-    checkpointing would update them again. A batch is still normalized by the statistics of its own micro-batch.
+    PyTorch's default is one update per forward pass of each rank, including passes without gradients and the
+    recomputation of activation checkpointing. The normalization itself still uses the statistics of each micro-batch.
 
-    During a step the batch norms hold parts of one tensor in place of their statistics, so that a GPU adds all of them
-    in one launch, and no count of batches, which would take a launch each.
+    During a step the batch norms' buffers are views of one tensor, so that a GPU accumulates all of them in one kernel,
+    and the counts of batches are detached, which would need one kernel each.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -39,14 +39,15 @@ class RunningStatistics:
         live = self._of(_STATISTICS)
         sizes = [len(buffer) for buffer in live]
         self._all = torch.cat(live) if live else torch.zeros(0)
-        # Each with a version of its own: the compiled blocks keep theirs for the backward pass, while others change.
+        # `detach` gives each part its own version counter: compiled blocks save their part for the backward pass, while
+        # other parts change in place.
         self._parts = [part.data for part in self._all.split(sizes)]
         self._sums = torch.zeros_like(self._all, dtype=torch.float32)
         self._sums_parts = self._sums.split(sizes)
 
     @contextmanager
     def of_step(self, accelerator: Accelerator, micro_batches: int) -> Iterator[None]:
-        """Context of all passes of a step; at its end the statistics are updated. Call on all ranks.
+        """Context manager around all passes of a step; updates the statistics at its end. Call on all ranks.
 
         micro_batches: their number on this rank.
         """
@@ -72,7 +73,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Take the statistics from before the step; call before the forward pass of a micro-batch."""
+        """Restore the statistics from before the step; call before the forward pass of a micro-batch."""
         if self._norms:
             torch._foreach_copy_(list(self._parts), self._live)
             for own, count in self._counted:

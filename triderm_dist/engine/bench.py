@@ -1,4 +1,4 @@
-"""Measure the training throughput of a network with the training's own step, loader and meter, and compare records."""
+"""Measure the training throughput of a network with the step, loader and meter of real training; compare records."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from triderm_dist.tasks import milk10k_task
 WARM_UP = 5
 """Steps before the measurement: compilation, autotuning, first allocations."""
 PROBE = 3
-"""Steps that estimate how many fit into the time."""
+"""Steps that estimate the number of steps that fit into the given time."""
 CONCEPTS_PER_VIEW = 7
-"""Concepts of synthetic photos, where a task names them by a prefix only: as many as MILK10k has."""
+"""Concepts of synthetic photos if the task names them by a prefix only; as many as MILK10k has."""
 MAX_STEPS = 10_000
 """Upper limit of the steps of a measurement."""
 
@@ -65,7 +65,7 @@ def measure(
     """Train `network` for about `seconds` after a warm-up; return steps, seconds_per_step and the values of
     `ThroughputMeter.read`.
 
-    Call on all ranks. The weights are useless afterwards. Raises InputError where the network does not fit into memory.
+    Call on all ranks. The weights are arbitrary afterwards. Raises InputError if the network does not fit into memory.
     """
     config = model.train
     check_supported(accelerator, config)
@@ -128,7 +128,7 @@ def _all_reduce_max(steps: int, device: torch.device) -> int:
 
 
 def synthetic_shards(folder: Path, lesions: int, short_side: int, task: Task | None = None) -> ShardIndex:
-    """Pack synthetic photos of a task into FOLDER, or read its index where they are packed already.
+    """Pack synthetic photos of a task into FOLDER, or read its index if they are packed already.
 
     The photos are 4:3, with enough detail that a JPEG is as large as that of a real photo. task: MILK10k's by default.
     """
@@ -195,9 +195,9 @@ def record_of(model: ModelConfig, task: Task, accelerator: Accelerator, values: 
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a file of records; an empty list where there is no file. Raises DataError for any other content.
+    """Read a file of records; [] if there is no file. Raises DataError for any other content.
 
-    Records without a task are from before there were other tasks than MILK10k.
+    Records without a task were written before tasks existed, and are of MILK10k.
     """
     if not path.exists():
         return []
@@ -223,7 +223,7 @@ def find_comparable(records: Sequence[Mapping[str, Any]], record: Mapping[str, A
 
 
 def comparison(record: Mapping[str, Any], committed: Mapping[str, Any] | None) -> str:
-    """Format a record as a table, next to a committed one where there is one."""
+    """Format a record as a table, next to a committed one if there is one."""
     rows = {
         "lesions/s": (f"{record['lesions_per_s']:,.1f}", committed and f"{committed['lesions_per_s']:,.1f}"),
         "seconds per step": (f"{record['seconds_per_step']:.3f}", committed and f"{committed['seconds_per_step']:.3f}"),

@@ -1,4 +1,4 @@
-"""CUDA graphs: capture what a function launches, and replay it on fixed memory; and evaluation by them."""
+"""CUDA graphs: capture the kernels of a function and replay them on fixed memory; evaluation with a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.schema import Batch, InputError, Outputs, one_line
 
-WARM_UP_OF_FORM = 2
-"""Eager runs with each form of batches before it is captured: they compile, and choose kernels."""
+WARM_UP_PER_SHAPE = 2
+"""Eager runs with batches of each shape before the capture; they compile and select kernels."""
 
 T = TypeVar("T")
 
@@ -34,34 +34,35 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def on_capture_stream(device: torch.device) -> Iterator[None]:
-    """Context whose work is queued on `capture_stream`, after that of the current stream, which then waits for it."""
-    own, current = capture_stream(device), torch.cuda.current_stream(device)
-    own.wait_stream(current)
+    """Run the block on `capture_stream`, ordered after earlier and before later work of the current stream."""
+    capturing, current = capture_stream(device), torch.cuda.current_stream(device)
+    capturing.wait_stream(current)
     try:
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(capturing):
             yield
     finally:
-        current.wait_stream(own)
+        current.wait_stream(capturing)
 
 
 class Captured(Generic[T]):
-    """What `compute` launches, as one CUDA graph. Calling it launches the graph and returns the results of `compute`,
+    """The kernels of `compute` as one CUDA graph. Calling it replays the graph and returns the results of `compute`,
     tensors that the next call overwrites.
 
-    beside: a graph that never runs at the same time, whose memory is shared. Raises CaptureError where something in
-    `compute` waits for the device or does what a graph cannot hold; nothing of it has then run on the device.
+    memory_of: a graph that never runs at the same time, with which this one shares its memory pool.
+    Raises CaptureError if `compute` synchronizes with the device or does anything else that a graph cannot capture;
+    nothing of it has then run on the device.
     """
 
-    def __init__(self, compute: Callable[[], T], device: torch.device, beside: Captured[Any] | None = None) -> None:
-        gc.collect()  # so that nothing is freed in the middle of the capture
+    def __init__(self, compute: Callable[[], T], device: torch.device, memory_of: Captured[Any] | None = None) -> None:
+        gc.collect()  # so that nothing is freed during the capture
         self._graph, cause = torch.cuda.CUDAGraph(), None
         try:
-            # thread_local: other threads, such as NCCL's, may go on calling CUDA.
+            # thread_local: other threads, such as NCCL's, may call CUDA during the capture.
             with (
                 on_capture_stream(device),
                 torch.cuda.graph(
                     self._graph,
-                    pool=beside._graph.pool() if beside else None,
+                    pool=memory_of._graph.pool() if memory_of else None,
                     stream=capture_stream(device),
                     capture_error_mode="thread_local",
                 ),
@@ -69,7 +70,7 @@ class Captured(Generic[T]):
                 try:
                     self._results = compute()
                 except RuntimeError as error:
-                    cause = error  # ending the capture raises another one
+                    cause = error  # the end of the capture raises a less specific one
                     raise
         except RuntimeError as error:
             cause = cause or error
@@ -85,9 +86,9 @@ class Captured(Generic[T]):
 
 
 class BatchBuffers:
-    """Tensors on the device to which batches of one form are copied.
+    """Tensors on the device into which batches of equal shapes are copied.
 
-    batches: made of them, without lesions and `draws`.
+    batches: consist of these tensors, without lesion ids and `draws`.
     """
 
     def __init__(self, batches: Sequence[Batch]) -> None:
@@ -98,9 +99,9 @@ class BatchBuffers:
 
     @torch.no_grad()
     def fill(self, batches: Sequence[Batch]) -> None:
-        for buffer, batch in zip(self.batches, batches, strict=True):
-            for own, tensor in zip(tensors_of(buffer).values(), tensors_of(batch).values(), strict=True):
-                own.copy_(tensor, non_blocking=True)
+        for buffers, batch in zip(self.batches, batches, strict=True):
+            for buffer, tensor in zip(tensors_of(buffers).values(), tensors_of(batch).values(), strict=True):
+                buffer.copy_(tensor, non_blocking=True)
 
 
 def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
@@ -109,45 +110,46 @@ def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def form_of(batch: Batch) -> tuple[Any, ...]:
-    """Return what must be equal for two batches to use the same buffers."""
+def shape_key(batch: Batch) -> tuple[Any, ...]:
+    """Return names, shapes, strides and dtypes of a batch's tensors; equal for batches that can share buffers."""
     return tuple((name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors_of(batch).items())
 
 
 class GraphedForward:
-    """Runs a network in evaluation on batches of one form by a CUDA graph; use it in the place of `evaluate.forward`.
+    """Runs a network in evaluation with a CUDA graph; a replacement for `evaluate.forward`.
 
-    Weights may change in between, but in place. A batch of another form is run eagerly at first, and then captured.
+    Weights may change between calls, but only in place. The first batches of new shapes run eagerly; then the graph is
+    captured again.
     """
 
-    def __init__(self, beside: Callable[[], Captured[Any] | None] = lambda: None) -> None:
-        """beside: returns a graph that shares memory, see `Captured`."""
-        self._beside = beside
+    def __init__(self, memory_of: Callable[[], Captured[Any] | None] = lambda: None) -> None:
+        """memory_of: returns the graph with which memory is shared, see `Captured`."""
+        self._memory_of = memory_of
         self.reset()
 
     def reset(self) -> None:
         """Drop the graph and its memory."""
-        self._form: object = None
+        self._shapes: object = None
         self._eager = 0
         self._buffers: BatchBuffers | None = None
         self._replay: Callable[[], Outputs] | None = None
 
     def __call__(self, network: nn.Module, batch: Batch) -> Outputs:
-        form = (id(network), network.training, form_of(batch))
-        if form != self._form:
+        shapes = (id(network), network.training, shape_key(batch))
+        if shapes != self._shapes:
             self.reset()
-            self._form = form
-        if self._eager < WARM_UP_OF_FORM:
+            self._shapes = shapes
+        if self._eager < WARM_UP_PER_SHAPE:
             self._eager += 1
             return forward(network, batch)
         if self._buffers is None:
             self._buffers = BatchBuffers([batch])
         self._buffers.fill([batch])
         if self._replay is None:
-            (own,) = self._buffers.batches
-            self._replay = self._capture(lambda: forward(network, own), batch.labels.device)
+            (buffers,) = self._buffers.batches
+            self._replay = self._capture(lambda: forward(network, buffers), batch.labels.device)
         outputs = self._replay()
         return Outputs(*(each if each is None else each.clone() for each in outputs))  # type: ignore[arg-type]
 
     def _capture(self, compute: Callable[[], Outputs], device: torch.device) -> Callable[[], Outputs]:
-        return Captured(compute, device, self._beside())
+        return Captured(compute, device, self._memory_of())

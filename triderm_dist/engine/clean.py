@@ -1,4 +1,4 @@
-"""Free the disk of a trained run: find and remove what predicting, stacking and reporting do not read."""
+"""Free disk space of a trained run: find and remove files that predicting, stacking and reporting do not read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEFTOVERS = "files of killed saves"
 
 @dataclass(frozen=True)
 class Removable:
-    """Files and folders of one kind. size: of all of them, in bytes."""
+    """Files and folders of one kind. size: their total size in bytes."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -30,9 +30,9 @@ class Removable:
 
 
 def find_removable(run: Path) -> tuple[list[Removable], list[str]]:
-    """Return what can be removed from a run, and a sentence on each part that is large and is kept.
+    """Return what can be removed from a run, and a sentence on each large part that is kept.
 
-    Raises DataError where the folder holds no run.
+    Raises DataError if the folder holds no run.
     """
     trainings = _trainings(run)
     if not (run / CONFIG_FILE).exists() and not any(run.glob(f"*/fold-*/{CONFIG_FILE}")):
@@ -64,7 +64,7 @@ def find_removable(run: Path) -> tuple[list[Removable], list[str]]:
 
 
 def remove(run: Path, parts: Sequence[Removable]) -> None:
-    """Remove these parts of a run. Raises Busy, before anything is removed, where a program works in the run."""
+    """Remove these parts of a run. Raises Busy, before anything is removed, if a program uses the run."""
     with ExitStack() as stack:
         busy = f"{run}: a program works in this run; wait for it or stop it"
         locks = [run / ".lock", *(path.with_name(f".{path.name}.lock") for path in _trainings(run))]

@@ -1,9 +1,8 @@
-"""The precision of a training on a CPU where `train.precision` is auto: bf16 where a step is measured to be faster.
+"""Choose the precision of training on a CPU if `train.precision` is auto: bf16 if a step is measured to be faster.
 
-CPUs without instructions for bf16 train in fp32, and so do networks whose steps are too short to gain. For the others
-some steps are timed when the first training of a model begins. The choice is kept in RUN/MODEL/precision.json and holds
-for all trainings of the model in this run, also where they resume later or on another machine, or begin at the same
-time.
+CPUs without bf16 instructions train in fp32, and so do networks with short steps. For other networks some steps are
+timed when the first training of a model starts. The choice is stored in RUN/MODEL/precision.json and is used by all
+trainings of the model in this run, also by concurrent ones and by ones that resume on another machine.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from triderm_dist.schema import CheckpointError
 
 FILE, LOCK = "precision.json", ".precision.lock"
 LEAST_GAIN = 1.2
-"""How many times as fast as in fp32 a step in bf16 must be, so that bf16 is taken."""
+"""Least speed-up of a step in bf16 over fp32 for which bf16 is chosen."""
 LEAST_SECONDS = 0.08
-"""CPU time of a step in fp32 that may gain: most of a shorter one is not spent in matrix products."""
+"""Least CPU time of a step in fp32 for which bf16 is tried; shorter steps are not dominated by matrix products."""
 SECONDS = 1.0
-"""Time of the measurement, after the first steps."""
+"""Duration of the measurement, after the first steps."""
 MAX_PHOTOS = 4
 """Lesions per measured step of a network that takes photos."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,17 +49,17 @@ class _Choice(BaseModel):
 
 
 def is_measured(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Return whether the precision of a training is measured. DeepSpeed keeps other weights under bf16."""
+    """Return whether the precision of a training is measured. Not with DeepSpeed, whose bf16 changes the weights."""
     on_cpu = accelerator.device.type == "cpu" and strategy_of(accelerator) != "deepspeed"
     return config.precision == "auto" and on_cpu
 
 
 def choose(network: Network, micro_batch: int, folder: Path) -> tuple[str, str]:
-    """Return the precision of the trainings of a model in a run, and why.
+    """Return the precision of the trainings of a model in a run, and the reason.
 
-    network: bare, on the CPU.  folder: RUN/MODEL. A folder with trainings from before there was a choice keeps their
-    precision, fp32. Where another process measures, waits for its choice. Raises CheckpointError for a damaged
-    precision.json.
+    Waits if another process is measuring. Trainings of earlier versions without precision.json keep fp32.
+    network: not wrapped, on the CPU.  folder: RUN/MODEL.
+    Raises CheckpointError for a damaged precision.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
@@ -100,10 +99,10 @@ def has_bf16() -> bool:
 
 
 def measure(network: Network, lesions: int) -> dict[str, float]:
-    """Return the CPU seconds of a forward and backward pass by precision, the least of each, alternating; only those of
-    fp32 where they are below `LEAST_SECONDS`.
+    """Return {precision: CPU seconds of a forward and backward pass}, the minimum over alternating runs.
 
-    CPU time of one thread, which does not depend on what else runs on the machine.
+    Only fp32 is measured if it takes less than `LEAST_SECONDS`. CPU time of one thread is independent of the machine's
+    load.
     """
     network = copy.deepcopy(network).train()
     use_lesion_masks(network)
@@ -143,6 +142,6 @@ def _one_thread() -> Iterator[None]:
 
 
 def _parameters(network: nn.Module) -> list[int]:
-    """Return the numbers of trained and of all parameters, by which another network is recognized."""
+    """Return the numbers of trained and of all parameters; a stored choice applies to networks with equal numbers."""
     sizes = [(each.numel(), each.requires_grad) for each in network.parameters()]
     return [sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)]

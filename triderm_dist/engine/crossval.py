@@ -74,12 +74,15 @@ def run_folds(
 
     Writes OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet} and
     without_INPUT.parquet: predictions for the same lesions with one input (a view, the concepts, the metadata) treated
-    as missing. `on_start` is called on
-    rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
-    is called with (epoch, scores). in_parallel: other processes train at the same time and print on the same terminal.
-    brief: another one prints what the start-up reports of all folds of a model share.
-    Raises Interrupted after a request to stop or where another rank was lost, Busy where another run trains the
-    same fold, DataError where the run has folds of another task.
+    as missing.
+
+    on_start: called on rank 0 when a fold's settings have passed all checks, before any file is changed.
+    on_validation: called with (epoch, scores).
+    in_parallel: other processes train at the same time and print on the same terminal.
+    brief: another process prints what the start-up reports of a model's folds have in common.
+
+    Raises Interrupted after a request to stop or if another rank is lost, Busy if another run trains the same fold,
+    DataError if the run has folds of another task.
     """
     check_task(experiment, index)
     folds, assignment = list(folds), assigned_folds(index, experiment.data)
@@ -108,8 +111,9 @@ def run_trainings(
 ) -> None:
     """Run the remaining trainings of every model one after the other. Call on all ranks.
 
-    transforms: how many transforms of the dihedral group the predictions afterwards use.  in_parallel, brief: see
-    `run_folds`.
+    remaining: returns the trainings of a model that are not finished.
+    transforms: number of transforms of the dihedral group in the predictions after training.
+    in_parallel, brief: see `run_folds`.
     """
     for name in models:
         check_names(model_config(experiment, name).train)
@@ -143,7 +147,7 @@ def run_trainings(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The changed settings, and what was taken from `models.X.init`."""
+    """changes: of settings on resume.  init: what fold.json records of `models.NAME.init`."""
 
     changes: list[dict[str, Any]]
     init: dict[str, Any] | None
@@ -151,10 +155,10 @@ class _Outcome:
 
 @dataclass(frozen=True)
 class FoldRun:
-    """One fold of one model.
+    """Training and prediction of one fold of one model.
 
-    assignment: the fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.  output:
-    how it is printed.  start: the networks that it may begin with, see `models.NAME.init`.
+    assignment: fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.
+    start: networks that may provide the initial weights, see `models.NAME.init`.
     """
 
     experiment: Experiment
@@ -183,12 +187,12 @@ class FoldRun:
 
     @property
     def epochs(self) -> int:
-        """The epochs to train, of `train.epochs` in the schedule."""
+        """Number of epochs to train, of the `train.epochs` of the schedule."""
         return self.train.epochs
 
     @property
-    def about(self) -> dict[str, Any]:
-        """More values of fold.json."""
+    def extra_info(self) -> dict[str, Any]:
+        """Additional values of fold.json."""
         return {}
 
     @cached_property
@@ -210,13 +214,13 @@ class FoldRun:
         return np.flatnonzero(self.assignment == self.fold)
 
     @property
-    def own_rows(self) -> np.ndarray:
-        """Index rows to train on, without those of extra sets."""
+    def train_rows(self) -> np.ndarray:
+        """Index rows to train on; extra sets add others, see `Views.extra_rows`."""
         return np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
 
     def run(self) -> None:
-        """Train and predict, with smaller micro-batches where memory runs out, and write predictions and fold.json."""
-        if on_main(self.folder.is_trained):  # in a folder that was set aside, or predicted with other transforms
+        """Train, predict the held-out lesions, and write fold.json. Halves the micro-batch when memory runs out."""
+        if on_main(self.folder.is_trained):  # its folder was moved aside, or predicted with other transforms
             on_main(self.folder.claim)
             self.update()
             return
@@ -236,7 +240,7 @@ class FoldRun:
         on_main(partial(remove_obsolete_checkpoints, self.path))
 
     def update(self) -> None:
-        """Bring the files of a finished training up to date: here missing predictions, or by other transforms."""
+        """Update the files of a finished training: predict again if predictions lack or have other transforms."""
         if on_main(lambda: is_fold_finished(self.experiment, self.index, self.name, self.fold)):
             return
         accelerator = parallel.start_inference(self.train.precision, self.experiment.rank_timeout)
@@ -247,7 +251,7 @@ class FoldRun:
         accelerator.print(wrapped(f"{self.title}: {done}"), flush=True)
 
     def _attempt(self, micro_batch: MicroBatch) -> _Outcome | None:
-        """Train, and write predictions; None where memory ran out, and the next attempt takes a smaller micro-batch."""
+        """Train and write predictions. Returns None if memory ran out; the next attempt uses a smaller micro-batch."""
         size = micro_batch.agreed()
         config = self.train.model_copy(update={"micro_batch": size})
         # A new Accelerator for each training: DeepSpeed binds it to one engine.
@@ -264,7 +268,7 @@ class FoldRun:
         return _Outcome(changes, init)
 
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
-        """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
+        """Return the initial network, on the device, and what fold.json records of `models.NAME.init`."""
         torch.manual_seed(self.experiment.seed_of(self.name) * 1_009 + self.fold)
         network, about = new_network(self.model, self.views), None
         if network.reads_mean_tokens and self.views.token_shape is not None:
@@ -279,8 +283,8 @@ class FoldRun:
         return network.to(accelerator.device), about
 
     def _fit_inputs(self, network: Network) -> dict[str, torch.Tensor]:
-        """Fit what the network computes once from the training lesions, and return its buffers."""
-        index, rows = self.index, self.own_rows
+        """Fit the buffers that the network computes once from the training lesions, and return all buffers."""
+        index, rows = self.index, self.train_rows
         tables = (torch.from_numpy(each[rows]).float() for each in (index.concept_scores, index.metadata))
         network.fit_inputs(mean_tokens(self.views, rows), *tables)
         return dict(network.named_buffers())
@@ -288,8 +292,8 @@ class FoldRun:
     def _train(
         self, config: TrainConfig, accelerator: Accelerator
     ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """Train, or resume, and return the changes of settings (see `Trainer.train`), and what was taken by `init`."""
-        train_rows = np.concatenate([self.own_rows, self.views.extra_rows])
+        """Train or resume. Returns the changes of settings (see `Trainer.train`), and the record of `init`."""
+        train_rows = np.concatenate([self.train_rows, self.views.extra_rows])
         data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
         network, init = self._new_network(accelerator)
         why = ""
@@ -307,7 +311,7 @@ class FoldRun:
 
     def _predict(self, accelerator: Accelerator, micro_batch: int) -> None:
         """Predict the validation rows, with all inputs and with each input treated as missing, and write both."""
-        # Not the network that was trained: it may be sharded, or hold other weights than the selected ones.
+        # A new network, since the trained one may be sharded or hold other weights than the selected ones.
         network = new_network(self.model, self.views, pretrained=False)
         load_weights(self.path / "weights", network)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
@@ -319,9 +323,9 @@ class FoldRun:
 
     @contextmanager
     def _writers(self) -> Iterator[Callable[[str | None, Evaluation], None]]:
-        """Yield a function that writes outputs without an input, or None, for the next validation rows, on rank 0.
+        """Yield a function of (hidden input or None, outputs for the next validation rows) that writes them on rank 0.
 
-        predictions.parquet, by which one sees whether a fold is predicted, is in place after the other files.
+        predictions.parquet is complete after the other files, since it marks a fold as predicted.
         """
         about = self.index, self.name, self.model.head, self.fold, read_info(self.path / "weights")["sha256"]
         writers: dict[str | None, Callable[[Predictions], None]] = {}
@@ -335,7 +339,7 @@ class FoldRun:
 
     @property
     def hidden_inputs(self) -> tuple[str, ...]:
-        """The inputs without which held-out lesions are predicted too: each that the network uses, if it has others."""
+        """Inputs that are treated as missing in turn in further predictions: all that the network uses, if several."""
         signature = self.index.signature
         has = {*signature.views, *(["concepts"] * bool(signature.concepts)), *(["metadata"] * bool(signature.fields))}
         used = tuple(name for name in INPUTS if name in has and name in self.model.use)
@@ -357,5 +361,5 @@ class FoldRun:
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
             **({"init": outcome.init} if outcome.init else {}),
             **({"extra_towers": list(self.views.extra_towers)} if self.views.extra_towers else {}),
-            **self.about,
+            **self.extra_info,
         )

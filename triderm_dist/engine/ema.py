@@ -13,7 +13,7 @@ from triderm_dist.distributed.parallel import reshard_after_write, unwrap
 from triderm_dist.optim import local_part
 
 _EPOCH = "averaged.epoch"
-"""Key of `EpochAverage.state` beside those of parameters."""
+"""Key of the epoch in `EpochAverage.state`, next to the parameters' names."""
 
 
 class WeightAverage:
@@ -35,7 +35,7 @@ class WeightAverage:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Context in which the network has the averaged weights; its own are restored bit for bit afterwards."""
+        """Give the network the averaged weights in the block; the live weights are restored bit for bit afterwards."""
         self._swap()
         try:
             yield
@@ -63,7 +63,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _move(self, weight: float) -> None:
-        """Move the average by this share of the way to the live weights."""
+        """Update the average: average += weight * (live - average)."""
         means = [local_part(mean) for mean in self._mean.values()]
         torch._foreach_lerp_(means, [local_part(p.detach()) for p in self._live.values()], weight)
 
@@ -93,7 +93,7 @@ class EpochAverage(WeightAverage):
         self.start, self._epoch = start, 0
 
     def after_epoch(self, epoch: int) -> None:
-        if epoch > self._epoch:  # a training that stops while it validates resumes with the average of this epoch
+        if epoch > self._epoch:  # a training that stopped during validation has averaged this epoch already
             self._move(1 / max(1, epoch - self.start))
             self._epoch = epoch
 

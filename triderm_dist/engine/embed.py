@@ -1,4 +1,4 @@
-"""Embeddings of an untouched pretrained tower: the mean token of each photo, the task's views concatenated."""
+"""Embeddings of a pretrained tower without training: the mean token of each photo, the task's views concatenated."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from triderm_dist.models.tower_record import FOLDER, find_tower
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
     """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
 
-    The tower is that of OUTPUT/towers if one with weights and these settings is there; else it is built from its source
-    and kept there. Call on all ranks. Raises DataError where the run has folds of another task than that of `index`.
+    Uses the tower in OUTPUT/towers with these settings if there is one; else builds it from its source and stores it
+    there. Call on all ranks. Raises DataError if the run has folds of another task than that of `index`.
     """
     check_task(experiment, index)
     model = model_config(experiment, name)

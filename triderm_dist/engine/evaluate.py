@@ -1,6 +1,6 @@
-"""Network outputs for given lesions, gathered from all ranks on rank 0 and equal to the outputs of one process.
+"""Compute network outputs for given lesions, gathered on rank 0 and equal to the outputs of one process.
 
-They come batch by batch, so that no rank holds those of all lesions unless it keeps them.
+Outputs are gathered batch by batch, so that memory does not grow with the number of lesions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triderm_dist.schema import VIEWS, Batch, Outputs
 
 OUTPUTS = ("logits", "aux_clinical", "aux_dermoscopic", "features")
 INPUTS = (*VIEWS, "concepts", "metadata")
-"""What a network reads of a lesion, as `models.NAME.use` names it."""
+"""Inputs of a network, by their names in `models.NAME.use`."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ def forward(network: nn.Module, batch: Batch) -> Outputs:
 def hide_input(batch: Batch, name: str, concepts: Sequence[str]) -> Batch:
     """Return the batch with one input of `INPUTS` treated as missing.
 
-    Of a view neither its photo nor the concept scores derived from it are left.  concepts: names of the K scores.
+    Hiding a view hides its photo and the concept scores that were derived from it.  concepts: names of the K scores.
     """
     if name == "metadata":
         return replace(batch, metadata=torch.full_like(batch.metadata, torch.nan))
@@ -86,10 +86,10 @@ def evaluate(
 ) -> Evaluation:
     """Average the outputs for index `rows` (N,) over the first `transforms` transforms of the dihedral group.
 
-    Photos are decoded once; one forward per transform gives features and all logits. Batches keep one static shape:
-    the last one is padded. Call on all ranks; those other than rank 0 get an evaluation of no rows. `after_batch` is
-    called on all ranks after every batch, and may raise. `run` runs the network. names: of the outputs to keep; the
-    others are (N, 0).
+    Photos are decoded once; one forward pass per transform gives features and all logits. All batches have one shape:
+    the last one is padded. Call on all ranks; ranks other than 0 return an evaluation of no rows.
+    after_batch: called on all ranks after every batch, and may raise.  run: runs the network.
+    names: of the outputs to keep; the others are (N, 0).
     """
     parts = [Evaluation(np.empty(0, np.int64), *[np.empty((0, 0), np.float32)] * len(OUTPUTS))]
     evaluate_hidden(
@@ -115,10 +115,10 @@ def evaluate_hidden(
     run: Callable[[nn.Module, Batch], Outputs] = forward,
     names: Sequence[str] = OUTPUTS,
 ) -> None:
-    """Evaluate as `evaluate` does, with each of `hidden` treated as missing in turn (see `hide_input`); None: nothing.
+    """Evaluate as `evaluate`, once with each input of `hidden` treated as missing (see `hide_input`); None hides none.
 
-    Photos are decoded once, and pass the towers of a `Network` once, for all of them. keep: is called on rank 0 with
-    each of `hidden` and the outputs for the next rows, in the order of `rows`.
+    Photos are decoded once, and encoded by the towers of a `Network` once, for all of `hidden`.
+    keep: called on rank 0 with each of `hidden` and the outputs for the next rows, in the order of `rows`.
     """
     network.eval()
     index, device = loaders.index, accelerator.device
@@ -150,11 +150,11 @@ def evaluate_hidden(
         for name in hidden:
             means = mean_outputs(outputs[name], names)
             widths = [mean.shape[1] for mean in means]
-            # The parts of the ranks are in the order of the plan, and its padding comes last.
+            # Ranks hold consecutive parts of the batch, so that gathering keeps its order, with padding last.
             gathered = gather_on_main(torch.cat(means, dim=1))
             if gathered is not None:
                 found.append((name, step.count, HostCopy([gathered])))
-        while len(found) > len(hidden):  # of the batch before, while the device computes this one
+        while len(found) > len(hidden):  # copy the previous batch while the device computes this one
             take(*found.popleft())
         note_progress()
         after_batch()

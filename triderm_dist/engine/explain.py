@@ -30,9 +30,9 @@ from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError, Task
 def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple[str, Task, AttentionMaps]]:
     """Yield (model, task, attention maps) for each tri-modal model and each lesion of the test and training shards.
 
-    The maps of a test lesion are the mean over the models of all folds; the maps of a training lesion come from the
-    model of its own fold, which was not trained on it. Call in one process. Raises DataError for a lesion that neither
-    set has or a fold that is not trained, ConfigError where no model is tri-modal.
+    Maps of a test lesion are the mean over the models of all folds; maps of a training lesion are from the model of the
+    fold that holds it out. Call in one process. Raises DataError for a lesion that is in neither set or a fold that is
+    not trained, ConfigError if no model is tri-modal.
     """
     names = tri_modal_models(experiment)
     if not names:
@@ -60,9 +60,9 @@ def tri_modal_models(experiment: Experiment) -> list[str]:
 
 
 def out_of_fold_attention(experiment: Experiment, lesion_ids: Sequence[str]) -> dict[str, AttentionMaps]:
-    """Return attention maps of lesions of the training set by id, each of the model of its own fold.
+    """Return {lesion id: attention maps} of training lesions, each from the fold's model that holds it out.
 
-    They are those of the first tri-modal model; without one there are none. Raises as `attention_maps`.
+    Uses the first tri-modal model; returns {} without one. Raises as `attention_maps`.
     """
     names = tri_modal_models(experiment)
     if not names or not lesion_ids:
@@ -76,7 +76,7 @@ def out_of_fold_attention(experiment: Experiment, lesion_ids: Sequence[str]) -> 
 def _attention_maps(
     experiment: Experiment, index: ShardIndex, name: str, rows: Sequence[int], test: bool
 ) -> Iterator[AttentionMaps]:
-    """Yield the attention maps of one model for index rows; those of the same folds follow one another."""
+    """Yield the attention maps of one model for index rows, which are grouped by fold."""
     model = experiment.models[name]
     accelerator = parallel.start_inference("fp32")
     device = accelerator.device
@@ -94,7 +94,7 @@ def _attention_maps(
             views[tower] = open_views(experiment, model, index, accelerator, train=False, recorded=tower)
     networks: dict[int, TriModal] = {}
     for row, folds in sorted(folds_of.items(), key=lambda item: list(item[1])):
-        networks = {fold: network for fold, network in networks.items() if fold in folds}  # others' memory is freed
+        networks = {fold: network for fold, network in networks.items() if fold in folds}  # frees the others
         batches = {tower: _batch(views[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}}
         for fold in folds:
             if fold not in networks:
@@ -158,8 +158,6 @@ def _batch(loaders: LoaderFactory, row: int, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def _attend(network: TriModal, inputs: Sequence[torch.Tensor], head: HeadKind) -> dict[str, torch.Tensor]:
-    """Return the probabilities (C,) and the attention maps for the inputs of one lesion; parts without attention are
-    absent.
-    """
+    """Return the probabilities (C,) and the attention maps of one lesion; parts without attention are omitted."""
     parts = {name: part[0] for name, part in network.attention(*inputs)._asdict().items() if part is not None}
     return {**parts, "probabilities": probabilities(network(*inputs).logits, head)[0]}

@@ -1,4 +1,4 @@
-"""The extra sets of a training: opened, matched with the training set, and without lesions that both have."""
+"""Open the extra sets of a training, match them with the training set, and drop lesions that both have."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def without_shared_photos(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> tuple[ExtraSet, ...]:
-    """Return the extra sets without lesions that share a photo with the training set, or with the test set if that is
-    packed, where `overlap` is drop.
+    """Drop lesions of extra sets that share a photo with the training set, or with the test set if that is packed.
 
-    Call on all ranks, which share the work through the folder of the token cache. after_file: called on all ranks after
-    every file of thumbnails, and may raise. Raises DataError that names such lesions where `overlap` is refuse.
+    Call on all ranks, which share the work through the folder of the token cache.
+    after_file: called on all ranks after every file of thumbnails, and may raise.
+    Raises DataError that names such lesions for sets with `overlap: refuse`.
     """
     if not extra:
         return ()
@@ -80,7 +80,7 @@ def without_shared_photos(
 
 
 def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> None:
-    """Compute what several trainings of these models share: thumbnails for extra sets, and what is cached of towers."""
+    """Compute what several trainings of these models share: thumbnails of extra sets, and the token caches."""
     extra = open_extra_sets(experiment, index)
     if extra:
         accelerator = start_training(experiment.models[names[0]].train)
@@ -97,7 +97,7 @@ def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> 
 
 
 def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:
-    """Return what joins of an extra set, and how it was matched with the training set, one line each."""
+    """Describe which lesions of an extra set join, and how it was matched with the training set, one line each."""
     labels = extra.labels[extra.rows]
     counts = [f"{name} {(labels == label).sum():,}" for label, name in enumerate(index.diagnoses)
               if extra.class_mask[label]]  # fmt: skip

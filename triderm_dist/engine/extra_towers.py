@@ -1,7 +1,7 @@
-"""Frozen towers of other runs beside that of a model (`models.NAME.extra_towers`).
+"""Frozen towers of other runs that a model uses in addition to its tower (`models.NAME.extra_towers`).
 
-Their networks must have seen none of the lesions that the run predicts (`engine.init_overlap`), of any fold: the tokens
-of a photo are computed once for all folds.
+Their networks must not have been trained on any lesion that the run predicts (`engine.init_overlap`), in any fold,
+since the tokens of a photo are computed once for all folds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from triderm_dist.config import Experiment, ExtraTowerConfig, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.checkpoint import read_weights
-from triderm_dist.engine.init_overlap import WarmStart, open_start
+from triderm_dist.engine.init_overlap import WarmStart, open_networks
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fitting_tower, tower_weights
 from triderm_dist.models import network_class
@@ -30,7 +30,7 @@ from triderm_dist.tasks import recorded_task
 
 @dataclass(frozen=True)
 class ExtraTower:
-    """An extra tower of a model. setting: its key.  start: the networks of which one is taken."""
+    """An extra tower of a model. setting: its key.  start: the networks that may provide it."""
 
     setting: str
     config: ExtraTowerConfig
@@ -44,9 +44,9 @@ def open_extra_towers(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> list[ExtraTower]:
-    """Find the networks that `models.NAME.extra_towers` names, as `open_start` does. Call on all ranks.
+    """Find the networks that `models.NAME.extra_towers` names, as `open_networks` does. Call on all ranks.
 
-    Raises ConfigError where a run is not found, or the network of the model does not read mean tokens.
+    Raises ConfigError if a run is not found, or if the model's network does not read mean tokens.
     """
     model, result = experiment.models[name], []
     if model.extra_towers and not network_class(model.kind).reads_mean_tokens:
@@ -55,7 +55,7 @@ def open_extra_towers(
         )
     for number, each in enumerate(model.extra_towers):
         setting = f"extra_towers.{number}"
-        start = open_start(experiment, name, each.init, setting, index, accelerator, after_file)
+        start = open_networks(experiment, name, each.init, setting, index, accelerator, after_file)
         result.append(ExtraTower(f"models.{name}.{setting}", each, start))
     return result
 
@@ -63,10 +63,11 @@ def open_extra_towers(
 def join_towers(
     model: ModelConfig, about: TowerRecord, tower: Tower, extra: Sequence[ExtraTower], rows: np.ndarray
 ) -> tuple[TowerRecord, JoinedTower, list[dict[str, Any]]]:
-    """Return a model's tower and its extra ones as one, its record, and what fold.json says of each extra one.
+    """Join a model's tower with its extra ones: return the record, the tower, and what fold.json records of each extra.
 
-    about: the record of `tower`.  rows: the labeled lesions (n,) of the training set, which no network of an extra
-    tower may have seen. Raises DataError where one has, ConfigError where a tower takes other photos than the model's.
+    about: the record of `tower`.  rows: labeled lesions (n,) of the training set.
+    Raises DataError if a network of an extra tower was trained on any of them, ConfigError if a tower takes photos of
+    another size or normalization than the model's.
     """
     parts, described = [Part(tower, about.json())], []
     for each in extra:

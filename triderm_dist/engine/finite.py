@@ -1,4 +1,4 @@
-"""Guard against non-finite steps: a step whose loss or gradient is not finite is never taken."""
+"""Guard against non-finite steps: a step with a non-finite loss or gradient does not change the weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from triderm_dist.losses import Sums
 from triderm_dist.schema import InputError
 
 LARGEST_WEIGHT = 1e8
-"""A larger weight is not one that training has reached, but comes from a damaged file."""
+"""Training reaches no larger weights; a larger one means that a file is damaged."""
 
 
 def damaged_weight(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the first of named tensors that holds a number which no training reaches, and the number; "" if none."""
+    """Return name and value of the first tensor value that is above `LARGEST_WEIGHT` or non-finite; "" if none."""
     for name, tensor in weights:
         if tensor.is_floating_point() and tensor.numel():
             largest = tensor.detach().abs().max().item()
@@ -33,14 +33,14 @@ def damaged_weight(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 class NonFiniteGuard:
     """Prevents steps with a non-finite loss or gradient, where possible without waiting for the device.
 
-    `before_step` tests the gradient norm, which is the same on all ranks, and sets a flag on the device. Fused
-    optimizers (`fused=True` in PyTorch) read it there as `found_inf`, the flag of the loss scaler: from the first bad
-    step on, no step changes anything, and the host reads the flag only in `check`, before it logs, saves or validates.
-    For other optimizers, and DeepSpeed, which waits for the device anyway, the host reads it before every step. In both
-    cases the weights remain as after the last good step, and so do checkpoints and scores.
+    `before_step` tests the gradient norm, which is equal on all ranks, and sets a flag on the device. Fused optimizers
+    (`fused=True` in PyTorch) read the flag as `found_inf`, the flag of the loss scaler: after the first bad step no
+    step changes anything, and the host reads the flag only in `check`, before it logs, saves or validates. For other
+    optimizers, and for DeepSpeed, which synchronizes anyway, the host reads the flag before every step. In both cases
+    weights, checkpoints and scores remain those of the last good step.
 
-    Under fp16 the loss scaler handles an infinite gradient (it skips the step and lowers the scale); the flag is then
-    set by loss sums that are not finite, as they are where an output is not, and `check` also fails at a scale below 1.
+    Under fp16 the loss scaler handles infinite gradients: it skips the step and lowers the scale. The flag is then set
+    by non-finite loss sums, which follow from non-finite outputs, and `check` also raises for a scale below 1.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
@@ -50,7 +50,7 @@ class NonFiniteGuard:
         self._first_bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._lesion_ids: dict[int, list[str]] = {}
         scaled = accelerator.scaler is not None
-        # The attribute by which torch's GradScaler recognizes optimizers that skip a step on the device.
+        # torch's GradScaler recognizes optimizers that skip steps on the device by this attribute.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and strategy_of(accelerator) != "deepspeed"
         self.check_each_step = not fused and not scaled
         """Whether the host must read the flag before every step."""
@@ -69,9 +69,9 @@ class NonFiniteGuard:
         """
         if self.accelerator.mixed_precision == "fp16":
             norm = torch.stack([tensor.sum() for tensor in sums.values()]).sum()
-        bad = norm - norm != 0  # of NaN and infinity; in fewer launches than by isfinite
+        bad = norm - norm != 0  # true for NaN and infinity; launches fewer kernels than isfinite
         first = bad & (self._found_inf == 0)
-        if isinstance(number, torch.Tensor):  # masked_fill_ would read it on the host
+        if isinstance(number, torch.Tensor):  # masked_fill_ would synchronize to read it
             torch.where(first, number, self._first_bad, out=self._first_bad)
         else:
             self._first_bad.masked_fill_(first, number)

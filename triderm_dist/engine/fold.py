@@ -1,4 +1,7 @@
-"""One fold of one model: its lesions, the hashes that identify its training, and its network. Imports no trainer."""
+"""One fold of one model: its lesions, the hashes that identify its training, and its network.
+
+Does not import the trainer, so that programs that only read networks start faster.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,10 @@ def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
 
 
 def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:
-    """Build a network that takes the views' tokens, or that holds towers and takes photos or what their frozen blocks
-    return.
+    """Build a network that takes what the views return: tokens, photos, or the output of frozen blocks.
 
-    pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards, and needs no file.
+    pretrained: load the pretrained weights of towers in the network; False needs no file, if all weights are loaded
+    afterwards.
     """
     signature = views.loaders.index.signature
     if views.token_shape is not None:
@@ -53,9 +56,9 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
 
 
 def add_trained_parts(network: Network, model: ModelConfig, task: Task) -> Network:
-    """Add to a network what it has in training only (see `finished_weights`): the head of finer labels, LoRA.
+    """Add the parts that a network has in training only (see `finished_weights`): the head of finer labels, LoRA.
 
-    Raises ConfigError where finer labels are to be learned and the task has none, and as `add_lora` does.
+    Raises ConfigError if finer labels are to be learned and the task has none, and as `add_lora`.
     """
     if model.tower.lora:
         network.add_lora(model.tower.lora)
@@ -109,7 +112,7 @@ def model_config(experiment: Experiment, name: str) -> ModelConfig:
 
 
 def data_facts(experiment: Experiment, index: ShardIndex) -> dict[str, Any]:
-    """Return what environment.json records of the training set."""
+    """Return the description of the training set in environment.json."""
     earlier = read_environment(experiment.folder)["data"].get("train", {})
     known = earlier.get("fingerprint") == index.fingerprint and bool(earlier.get("synthetic"))  # photos may be gone
     facts = {
@@ -126,14 +129,14 @@ def data_facts(experiment: Experiment, index: ShardIndex) -> dict[str, Any]:
 
 
 def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
-    """Return whether this fold is trained and predicted with these settings and data."""
+    """Return whether this fold was trained and predicted with these settings and data."""
     folder = experiment.fold_folder(name, fold)
     finished = is_finished(folder, result_hash(experiment, index, name, fold))
     return finished and read_transforms(folder / "predictions.parquet") == experiment.oof.tta
 
 
 def check_task(experiment: Experiment, index: ShardIndex) -> None:
-    """Raise DataError where the run has a finished fold of another task than that of `index`."""
+    """Raise DataError if the run has a finished fold of another task than that of `index`."""
     for name in experiment.models:
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
@@ -144,8 +147,9 @@ def check_task(experiment: Experiment, index: ShardIndex) -> None:
 
 
 def network_folders(experiment: Experiment, name: str, networks: Networks = "folds") -> list[Path]:
-    """Return the folders of the networks of a model that predict other lesions than those of training: one a fold, or
-    that of the refit. Raises DataError where one is not trained.
+    """Return the folders of the networks with which a model predicts new lesions: one per fold, or that of the refit.
+
+    Raises DataError if one of them is not trained.
     """
     folders = [experiment.fold_folder(name, fold) for fold in range(experiment.data.folds)]
     program = "crossval"
@@ -158,10 +162,9 @@ def network_folders(experiment: Experiment, name: str, networks: Networks = "fol
 
 
 def trained_fold(folder: Path, index: ShardIndex) -> tuple[dict[str, Any], ShardIndex]:
-    """Return the fold.json of the fold trained in a folder, with which the lesions of `index` are to be predicted, and
-    `index` with its concepts in the order in which the network takes them.
+    """Return the fold.json of the fold trained in a folder, and `index` with its concepts in the network's order.
 
-    Raises DataError where no fold is trained there, or `index` is of another task or has other concepts.
+    Raises DataError if no fold is trained there, or if `index` is of another task or has other concepts.
     """
     if not (folder / "fold.json").exists():
         raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
@@ -178,16 +181,16 @@ def trained_fold(folder: Path, index: ShardIndex) -> tuple[dict[str, Any], Shard
 
 
 def fold_tower(folder: Path, info: Mapping[str, Any] | None = None) -> TowerRecord | None:
-    """Return the tower on which the fold trained in RUN/MODEL/fold-K is built, from RUN/towers.
+    """Return the record, in RUN/towers, of the tower of the fold trained in RUN/MODEL/fold-K.
 
-    info: its fold.json, if it is read already. None for a fold trained before towers were recorded. Raises
-    CheckpointError where the fold is not trained, or the record is missing or damaged.
+    Returns None for folds of versions that recorded no towers. info: its fold.json, if it was read already.
+    Raises CheckpointError if the fold is not trained, or if the record is missing or damaged.
     """
     return TrainedNetwork(folder, info or read_info(folder / "fold")).tower
 
 
 def _difference(concepts: Sequence[str], index: ShardIndex) -> str:
-    """Say which concepts a set lacks or adds."""
+    """Describe which concepts a set lacks or adds."""
     lacks = [name for name in concepts if name not in index.concepts]
     adds = [name for name in index.concepts if name not in concepts]
     return "; ".join(f"{what} {', '.join(names)}" for what, names in (("without", lacks), ("also", adds)) if names)
@@ -200,12 +203,13 @@ def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
 def result_hash(
     experiment: Experiment, index: ShardIndex, name: str, fold: int | str, *, exclude: Iterable[str] = ()
 ) -> str:
-    """Hash all that the fold's result depends on, without the dotted keys of `train` to exclude.
+    """Hash everything that the fold's result depends on.
 
-    fold: its number; text where nothing is held out, that says what else the result depends on.
+    fold: its number; a text for trainings without a held-out fold, which names what else the result depends on.
+    exclude: dotted keys of `train`.
     """
     model = stable_dump(experiment.models[name], "models.NAME")
-    for key in ("init", "extra_towers"):  # the weights count, not where they lie
+    for key in ("init", "extra_towers"):  # the hash is over the weights, not over their paths
         model.pop(key, None)
     model.pop("seeds", None)
     for key in (*COSMETIC, *exclude):
@@ -229,9 +233,9 @@ def result_hash(
 
 
 def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int | str) -> str:
-    """Hash all that a training must share with a checkpoint to resume from it.
+    """Hash everything that a training must share with a checkpoint to resume from it.
 
-    Excludes how a step is executed, so that a training may resume on another GPU, and the learning rate, so that a
+    Excludes execution settings, so that a training may resume on other hardware, and the learning rate, so that a
     training that diverged may resume with a lower one.
     """
     return result_hash(experiment, index, name, fold, exclude=(*EXECUTION, "optim.lr", "optim.min_lr"))

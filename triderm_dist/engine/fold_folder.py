@@ -1,6 +1,7 @@
-"""The folder of one fold, which holds one training and is used by one run at a time.
+"""The folder of one fold, which holds one training and is used by one process group at a time.
 
-A training of other settings is never deleted: its folder is moved aside, and moved back when its settings return.
+A training with other settings is never deleted: its folder is moved aside, and moved back when its settings are used
+again.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from triderm_dist.schema import CheckpointError
 ASIDE = "other-settings"
 CHECKPOINTS = "checkpoints"
 _OBSOLETE = "obsolete"
-"""An empty file among checkpoints: they are removed when their fold is finished."""
+"""Empty marker file in the folder of checkpoints, which are removed once their fold is finished."""
 
 
 class FoldFolder:
     """OUTPUT/MODEL/fold-K at `path`, for one training; others are moved to OUTPUT/MODEL/other-settings/fold-K-HASH.
 
-    result_hash: of all that the fold's result depends on; fold.json of a finished fold holds it. resume_hash: of all
-    that a training must share with a checkpoint to resume from it; the checkpoint holds it.
+    result_hash: of everything that the fold's result depends on; stored in fold.json of a finished fold.
+    resume_hash: of everything that a training must share with a checkpoint to resume; stored in the checkpoint.
     """
 
     def __init__(self, path: Path, result_hash: str, resume_hash: str) -> None:
         self.path, self.result_hash, self.resume_hash = path, result_hash, resume_hash
 
     def locate(self) -> Path:
-        """Return the folder that holds this training: the one moved aside, or else `path`, also before it begins."""
+        """Return the folder of this training: the one that was moved aside, else `path`, which may not exist."""
         current = _training_hash(self.path)
         for key in (self.result_hash, self.resume_hash):
             if current == key:
@@ -43,13 +44,13 @@ class FoldFolder:
         return self.path
 
     def is_trained(self) -> bool:
-        """Return whether this training is finished, in whichever folder holds it; its predictions may be missing."""
+        """Return whether this training is finished, also in a folder moved aside; its predictions may be missing."""
         return is_trained(self.locate(), self.result_hash)
 
     def resumed(self) -> Path | None:
-        """Return the folder whose checkpoints this training may resume from; None where it starts from the beginning.
+        """Return the folder with checkpoints from which this training may resume; None to start from the beginning.
 
-        A finished training of other settings, such as another learning rate, is not resumed.
+        A finished training with other settings, such as another learning rate, is not resumed.
         """
         located = self.locate()
         return located if _training_hash(located) in (self.result_hash, self.resume_hash) else None
@@ -57,8 +58,7 @@ class FoldFolder:
     def claim(self) -> None:
         """Move this training into `path`, removing partial saves; a different training found there is moved aside.
 
-        Raises CheckpointError where `path` holds a fold.json that cannot be read: weights that may be of days of
-        training are not replaced.
+        Raises CheckpointError if `path` holds a fold.json that cannot be read, rather than replace its weights.
         """
         located, current = self.locate(), _training_hash(self.path)
         if current is None and (self.path / "fold.json").exists():
@@ -71,7 +71,7 @@ class FoldFolder:
             text = f"{self.path}: holds a training of other settings or data, moved to {aside}; {how}"
             print(wrapped(text), flush=True)
         elif located != self.path:
-            shutil.rmtree(self.path, ignore_errors=True)  # a training that ended before its first save
+            shutil.rmtree(self.path, ignore_errors=True)  # the training ended before its first save
         if located != self.path:
             located.rename(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,13 @@ def mark_checkpoints_obsolete(path: Path) -> None:
 
 
 def remove_obsolete_checkpoints(path: Path) -> None:
-    """Remove the checkpoints of a finished fold, if they were marked: the process may have died before it did."""
+    """Remove checkpoints that were marked obsolete, also by a process that was killed, if their fold is finished."""
     if (path / CHECKPOINTS / _OBSOLETE).exists() and (path / "fold.json").exists():
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
 
 
 def is_finished(path: Path, result_hash: str) -> bool:
-    """Return whether the fold in this folder is trained and predicted, with this result hash."""
+    """Return whether the fold in this folder was trained and predicted, with this result hash."""
     return (path / "predictions.parquet").exists() and is_trained(path, result_hash)
 
 
@@ -109,9 +109,10 @@ def is_trained(path: Path, result_hash: str) -> bool:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock of a fold's folder on rank 0. Call on all ranks.
 
-    Raises Busy on all ranks if another run holds it. The kernel releases the lock when the process dies. On a
-    shared file system it excludes other hosts only where flock works across hosts: on NFS (which releases the locks of
-    a dead host after about 90 s), and on Lustre when mounted with `flock`. A file system without locks excludes no one.
+    Raises Busy on all ranks if another process holds it. The kernel releases the lock when the process dies. On a
+    shared file system it excludes other hosts only if flock works across hosts: on NFS (which releases the locks of
+    a dead host after about 90 s), and on Lustre when mounted with `flock`. On a file system without locks it excludes
+    nobody.
     """
     locked = f"{path}: another run is training this fold; wait for it, stop it, or set another output"
     with ExitStack() as stack:
@@ -120,10 +121,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _training_hash(path: Path) -> str | None:
-    """Return the hash of the training in a folder.
-
-    The result hash of a finished one, the resume hash of the newest checkpoint, or None where neither exists.
-    """
+    """Return the result hash of a finished training, else the resume hash of its newest checkpoint, else None."""
     if result_hash := _finished_hash(path):
         return result_hash
     saved = readable_checkpoints(path / "checkpoints")
@@ -131,7 +129,7 @@ def _training_hash(path: Path) -> str | None:
 
 
 def _finished_hash(path: Path) -> str | None:
-    """Return the result hash in fold.json, None where the fold is not finished."""
+    """Return the result hash in fold.json; None if the fold is not finished."""
     try:
         return read_info(path / "fold").get("identity")
     except CheckpointError:

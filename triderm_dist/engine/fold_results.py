@@ -1,4 +1,4 @@
-"""Scores and times of finished folds: the table at the end of a cross-validation, and the time left."""
+"""Scores and durations of finished folds: the table at the end of a cross-validation, and the remaining time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from triderm_dist.predictions import read_predictions
 from triderm_dist.runtime.terminal import clock, table
 
 LOGGED = ("macro_f1", "auc")
-"""The scores that trackers get."""
+"""Scores that are sent to trackers."""
 HEADER = ("model", "fold", "macro F1", "AUC", "best epoch", "time")
 
 
@@ -25,9 +25,9 @@ HEADER = ("model", "fold", "macro F1", "AUC", "best epoch", "time")
 class FoldResult:
     """Held-out scores of one fold of a model.
 
-    fold: its number, or "all" for the lesions of all folds together.  macro_f1: of the most probable diagnosis.  auc:
-    the mean over diagnoses, each against all others.  best_epoch: with the best validation macro F1, of how many; ""
-    where it is not known.  seconds: of training, None where they were not recorded.
+    fold: its number, or "all" for the lesions of all folds together.  macro_f1: of the argmax.
+    auc: mean over the diagnoses, one versus rest.  best_epoch: "K of E", by validation macro F1; "" if unknown.
+    seconds: of training; None if not recorded.
     """
 
     model: str
@@ -44,7 +44,7 @@ class FoldResult:
 
 
 def fold_results(experiment: Experiment, models: Sequence[str], folds: Iterable[int]) -> list[FoldResult]:
-    """Read the results of finished folds, for each model followed by that of all of its folds if there are several."""
+    """Read the results of finished folds; after several folds of a model, the result of all of them together."""
     results, folds = [], list(folds)
     for model in models:
         parts, own = [], []
@@ -71,17 +71,17 @@ def results_table(results: Sequence[FoldResult]) -> str:
 
 
 def trained_seconds(folder: Path) -> float | None:
-    """Return how long the training in a fold's folder took, resumes included; None where it was not recorded."""
+    """Return the seconds that the training in a fold's folder took, resumes included; None if not recorded."""
     records = read_metrics(folder / "metrics.jsonl")
     seconds = records[-1].get("seconds") if records else None
     return None if seconds is None else float(seconds)
 
 
 def later_seconds(experiment: Experiment, order: Sequence[str], number: int) -> Callable[[float], float]:
-    """Return a function that estimates the seconds of the trainings after order[number], given those of this one.
+    """Return a function that estimates the seconds of the trainings after order[number], given those of this training.
 
-    order: the model of each training. It takes as long as the mean of its model's finished folds; of a model without
-    one, as long per epoch as the current training.
+    A training is estimated by the mean of its model's finished folds; without any, by its epochs and the current
+    training's seconds per epoch. order: the model of each training.
     """
     models = experiment.models
     known = {model: _mean_seconds(experiment, model) for model in set(order)}
@@ -109,5 +109,5 @@ def _best_epoch(folder: Path) -> str:
     epochs = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "validation"]
     if not epochs:
         return ""
-    best = max(epochs, key=lambda line: line["macro_f1"])  # the first of equal ones
+    best = max(epochs, key=lambda line: line["macro_f1"])  # the first of ties
     return f"{best['epoch']:.0f} of {epochs[-1]['epoch']:.0f}"

@@ -1,14 +1,14 @@
-"""The training step as one CUDA graph (`train.graph`): captured once, then launched by a single call per step.
+"""The training step as one CUDA graph (`train.graph`): captured once, then replayed by one launch per step.
 
-A step launches some 1,400 kernels; at 5 to 40 us of host time each a fast GPU waits for its host. A graph is launched
-at once, but always reads and writes the same memory. So everything that differs between steps is copied to fixed
-buffers on the device first: the batch, the keys of its dropout masks, the number of its valid lesions, the number of
-the step, the learning rates, and the loss sums of the step before where the loss uses them. Augmentation and mixing of
-lesions are done before, and the average of weights is moved after a step.
+A step launches about 1,400 kernels; at 5 to 40 us of host time each, a fast GPU waits for its host. A graph needs one
+launch, but always reads and writes the same memory. Therefore everything that differs between steps is copied into
+fixed buffers on the device first: the batch, the keys of its dropout masks, its number of valid lesions, the step
+number, the learning rates, and the previous step's loss sums if the loss uses them. Augmentation and mixing of lesions
+run before the graph, and the average of weights is updated after it.
 
-The first steps are eager, and real ones: they compile, create optimizer states and let DDP arrange its buckets. A batch
-of another form (micro-batches, shapes, or the presence of `targets`, which the last epochs lack where lesions are
-mixed) is captured anew.
+The first steps are trained eagerly: they compile, create optimizer states and let DDP arrange its buckets. A batch of
+other shapes (number of micro-batches, tensor shapes, or the presence of `targets`, which the last epochs lack if
+lesions are mixed) is captured again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.parallel import strategy_of
 from triderm_dist.engine.capture import (
-    WARM_UP_OF_FORM,
+    WARM_UP_PER_SHAPE,
     BatchBuffers,
     Captured,
     CaptureError,
     GraphedForward,
-    form_of,
     on_capture_stream,
+    shape_key,
 )
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import StepInputs, StepResult, TrainStep
@@ -42,9 +42,9 @@ from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError
 
 WARM_UP = 3
-"""Eager steps of a training before its step is captured."""
+"""Eager steps before the capture."""
 DDP_WARM_UP = 11
-"""The same under DDP: it arranges its buckets after the first step, and reads its timers in the first ten."""
+"""Eager steps before the capture under DDP, which rebuilds its buckets after the first step and reads timers in ten."""
 Computed = tuple[Sums, torch.Tensor]
 """What `TrainStep.compute` returns."""
 
@@ -52,7 +52,7 @@ Computed = tuple[Sums, torch.Tensor]
 def choose_graph(accelerator: Accelerator, config: TrainConfig, kind: str) -> tuple[bool, str]:
     """Return (whether to capture the step, reason) for `train.graph`. kind: of the network, `models.NAME.kind`.
 
-    Raises ConfigError where it is true and cannot work.
+    Raises ConfigError if the setting is true and a step cannot be captured.
     """
     if config.graph is False:
         return False, "as set"
@@ -85,16 +85,16 @@ def _refusal(accelerator: Accelerator, config: TrainConfig) -> str:
 
 
 def on_graph_stream(device: torch.device, graphed: bool = True) -> AbstractContextManager[None]:
-    """Return the context for `parallel.wrap`, and for eager steps, of a training that is `graphed`; else an empty one.
+    """Return the context in which a `graphed` training calls `parallel.wrap` and takes eager steps; else an empty one.
 
-    The nodes that accumulate gradients under DDP belong to the stream on which DDP was created, and during a capture
-    nothing may wait for the default stream.
+    DDP's nodes that accumulate gradients are bound to the stream on which DDP was created, and a capture must not wait
+    for the default stream.
     """
     return on_capture_stream(device) if graphed else nullcontext()
 
 
 def warm_up_steps(accelerator: Accelerator) -> int:
-    """Return how many eager steps a training takes before its step is captured."""
+    """Return the number of eager steps before the capture."""
     return DDP_WARM_UP if strategy_of(accelerator) == "ddp" else WARM_UP
 
 
@@ -108,22 +108,21 @@ def build_step(
     guard: NonFiniteGuard,
     graphed: bool,
 ) -> TrainStep | GraphedStep:
-    """Return what takes the steps of a training. network, prepared, optimizer: as `parallel.wrap` returned them, on the
-    stream of `on_graph_stream` where `graphed`.
-    """
+    """Build the training step. network, prepared, optimizer: as `parallel.wrap` returned them in `on_graph_stream`."""
     step = TrainStep(accelerator, network, prepared, loss, config, guard)
     return GraphedStep(step, optimizer, required=config.graph is True) if graphed else step
 
 
 class GraphedStep:
-    """Takes the optimizer steps of a `TrainStep` by replaying its captured computation; the same up to rounding.
+    """Takes the optimizer steps of a `TrainStep` by replaying its captured computation; results are equal up to
+    rounding.
 
-    The tensors of a result are valid until the next step.  captured: the graph, once there is one.  forward: runs the
-    network in evaluation, by a graph in the same memory.
+    The tensors of a result are valid until the next step.  captured: the graph; None before the capture.
+    forward: runs the network in evaluation, with a graph that shares the memory.
     """
 
     def __init__(self, eager: TrainStep, optimizer: torch.optim.Optimizer, required: bool = True) -> None:
-        """optimizer: the plain one, not Accelerate's wrapper.  required: raise CaptureError where the step cannot be
+        """optimizer: the torch one, not Accelerate's wrapper.  required: raise CaptureError if the step cannot be
         captured; otherwise steps remain eager.
         """
         self.eager, self.optimizer, self.required = eager, optimizer, required
@@ -131,20 +130,20 @@ class GraphedStep:
         self.warm_up = warm_up_steps(eager.accelerator)
         self.captured: Captured[Computed] | None = None
         self.forward = GraphedForward(lambda: self.captured)
-        self._eager_steps = self._of_form = 0
-        self._form: object = None
+        self._eager_steps = self._with_shapes = 0
+        self._shapes: object = None
         self._buffers: _Buffers | None = None
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
         """Take a step, see `TrainStep.__call__`."""
         inputs = self.eager.inputs(step, number, previous)
-        form = _form(inputs)
-        if form != self._form:
-            self._form, self._of_form, self._buffers, self.captured = form, 0, None, None
+        shapes = _shape_key(inputs)
+        if shapes != self._shapes:
+            self._shapes, self._with_shapes, self._buffers, self.captured = shapes, 0, None, None
             self.forward.reset()
-        if self._failed or self._eager_steps < self.warm_up or self._of_form < WARM_UP_OF_FORM:
+        if self._failed or self._eager_steps < self.warm_up or self._with_shapes < WARM_UP_PER_SHAPE:
             self._eager_steps += 1
-            self._of_form += 1
+            self._with_shapes += 1
             sums, norm = self._warm(inputs)
         else:
             sums, norm = self._replayed(inputs)
@@ -179,7 +178,7 @@ class GraphedStep:
 
 
 class _Buffers:
-    """Tensors on the device that a graph reads, and the `StepInputs` made of them."""
+    """Tensors on the device that a graph reads, and the `StepInputs` that consist of them."""
 
     def __init__(self, inputs: StepInputs, groups: int, device: torch.device) -> None:
         """groups: number of the optimizer's parameter groups."""
@@ -199,7 +198,7 @@ class _Buffers:
 
     @torch.no_grad()
     def fill(self, inputs: StepInputs, rates: list[float]) -> None:
-        """Copy the inputs of a step here. They have the form of those that the buffers were made for."""
+        """Copy the inputs of a step into the buffers, which have the same shapes."""
         drawn = [keys for keys in inputs.keys if keys is not None]
         integers = torch.cat([torch.tensor([inputs.number]), *drawn])
         self._integers.copy_(integers, non_blocking=True)
@@ -210,17 +209,17 @@ class _Buffers:
             self.inputs.previous[name].copy_(sums)
 
 
-def _form(inputs: StepInputs) -> object:
-    """Return what must be equal for two steps to use the same graph."""
-    batches = [form_of(batch) for batch in inputs.micro_batches]
+def _shape_key(inputs: StepInputs) -> object:
+    """Return the shapes of a step's inputs; equal for steps that can use the same graph."""
+    batches = [shape_key(batch) for batch in inputs.micro_batches]
     return batches, [keys is not None for keys in inputs.keys], sorted(inputs.previous or {})
 
 
 @contextmanager
 def _rates_on_device(optimizer: torch.optim.Optimizer, rates: torch.Tensor) -> Iterator[None]:
-    """Context in which the optimizer's step may be captured and reads its learning rates from `rates` (groups,).
+    """Make the optimizer's step capturable in the block, with its learning rates read from `rates` (groups,).
 
-    Outside the rates are numbers, as the schedule sets and checkpoints hold them.
+    Outside of the block the rates are floats, as schedulers and checkpoints expect.
     """
     before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

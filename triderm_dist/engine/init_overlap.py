@@ -1,8 +1,8 @@
-"""Choose the network that a training begins with (`models.NAME.init`), so that it has seen none of the lesions that the
-training will predict: those held out from it, and those of the test set.
+"""Choose the network from which a training starts (`models.NAME.init`), without leakage: it must not have been trained
+on any lesion that the training will predict, held-out or of the test set.
 
-Lesions are the same where their ids or groups are equal, or where they share a photo (`data.overlap`). Photos are
-compared where the packed sets of the other run still lie where its settings say.
+Lesions are the same if their ids or groups are equal, or if they share a photo (`data.overlap`). Photos are compared if
+the packed sets of the other run still exist at the paths in its settings.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The networks of another run that the trainings of a model may begin with.
+    """The networks of another run from which the trainings of a model may start.
 
-    init: the setting, with its name.  networks: in the order in which they are tried.  seen: of the training set and of
-    the test set, if that is packed, which lesions each network was trained on, (networks, N) bool.  lesion_ids: theirs,
-    (N,) text.
+    init: the setting, with its name.  networks: in the order in which they are tried.
+    seen: for the training set and the test set, if that is packed, whether each network was trained on each lesion,
+    (networks, N) bool.  lesion_ids: of these sets, (N,) text.
     """
 
     init: str
@@ -46,9 +46,10 @@ class WarmStart:
     lesion_ids: tuple[np.ndarray, ...]
 
     def choose(self, rows: np.ndarray) -> TrainedNetwork:
-        """Return the first network that has seen none of these rows (n,) of the training set, nor of the test set.
+        """Return the first network that was trained on none of these rows (n,) of the training set, nor on the test
+        set.
 
-        Raises DataError, which names lesions, where there is none.
+        Raises DataError, which names lesions, if there is none.
         """
         predicted = [rows, *(np.arange(len(ids)) for ids in self.lesion_ids[1:])]  # all lesions of the test set
         for number, network in enumerate(self.networks):
@@ -75,12 +76,12 @@ def open_warm_start(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> WarmStart | None:
-    """Open what `models.NAME.init` names, see `open_start`; None without the setting."""
+    """Open the networks that `models.NAME.init` names, see `open_networks`; None without the setting."""
     init = experiment.models[name].init
-    return None if init is None else open_start(experiment, name, init, "init", index, accelerator, after_file)
+    return None if init is None else open_networks(experiment, name, init, "init", index, accelerator, after_file)
 
 
-def open_start(
+def open_networks(
     experiment: Experiment,
     name: str,
     init: str,
@@ -89,11 +90,12 @@ def open_start(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> WarmStart:
-    """Find the networks that `init` names, and compare the lesions that they were trained on with the training set and
-    with the test set, if it is packed.
+    """Find the networks that `init` names, and compare their training lesions with the training set and with the test
+    set, if it is packed. Call on all ranks.
 
-    Call on all ranks. setting: of model NAME, whose value `init` is.  after_file: called on all ranks after every file
-    of thumbnails, and may raise. Raises ConfigError where the run is not found.
+    setting: key of model NAME with the value `init`.
+    after_file: called on all ranks after every file of thumbnails, and may raise.
+    Raises ConfigError if the run is not found.
     """
     networks = find_networks(init, name, setting)
     sets, notes = _training_sets(experiment, networks[0])
@@ -128,8 +130,8 @@ def open_start(
 class _TrainingSet:
     """The lesions of a set that another run trained on, (n,).
 
-    labeled: whether they took part.  index: the packed set, with these rows; None where it is gone.  held_out: the ids
-    of the lesions that each fold held out, by its folder's name; empty for an extra set.
+    labeled: whether they were used.  index: the packed set, with these rows; None if it no longer exists.
+    held_out: {folder of a fold: ids of the lesions that it held out}; empty for an extra set.
     """
 
     lesion_ids: np.ndarray
@@ -191,7 +193,7 @@ def _shared_photos(
     accelerator: Accelerator,
     after_file: Callable[[], None],
 ) -> Sequence[tuple[int, int]]:
-    """Return (row of `other`, row of `own`) of lesions that share a photo; none where photos are not compared."""
+    """Return (row of `other`, row of `own`) of lesions that share a photo; [] if photos are not compared."""
     index = other.index
     if index is None or index.fingerprint == own.fingerprint:
         return ()

@@ -1,7 +1,7 @@
-"""Learning curve: train the folds of a run again on parts of their training lesions.
+"""Learning curve: train the folds of a run again on subsets of their training lesions.
 
-OUTPUT/learning_curve/MODEL/P-percent/fold-K holds the files of a fold without weights: only its held-out predictions
-are compared with those of the fold that was trained on all. Each part holds the smaller ones.
+OUTPUT/learning_curve/MODEL/P-percent/fold-K holds the files of a fold without weights, since only its held-out
+predictions are compared with those of the fold that was trained on all lesions. Each subset contains the smaller ones.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ QUARTERS = 4
 def train_learning_curve(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> None:
     """Train every fold of every model on each of `PARTS` percent of its training lesions, skipping finished ones.
 
-    Call on all ranks. Raises what `run_folds` raises, and DataError where a fold is not trained on all lesions with
-    these settings.
+    Call on all ranks. Raises as `run_folds`, and DataError if a fold is not trained on all lesions with these settings.
     """
     for name in models:
         model_config(experiment, name)
@@ -65,7 +64,7 @@ def train_learning_curve(experiment: Experiment, index: ShardIndex, models: Sequ
 
 
 def models_of_learning_curve(experiment: Experiment) -> list[str]:
-    """Return the models with a frozen tower, whose tokens are cached. Raises ConfigError where there is none."""
+    """Return the models with a frozen tower, whose tokens are cached. Raises ConfigError if there is none."""
     names = [name for name, model in experiment.models.items() if model.tower.frozen]
     if not names:
         raise ConfigError(
@@ -75,23 +74,23 @@ def models_of_learning_curve(experiment: Experiment) -> list[str]:
 
 
 def part_of_lesions(index: ShardIndex, rows: np.ndarray, percent: int, seed: int) -> np.ndarray:
-    """Return those of the index rows (N,) that make a share of 25, 50, 75 or 100 percent, in order.
+    """Return a subset of the index rows (N,), in order. percent: 25, 50, 75 or 100.
 
-    The lesions are divided into four parts like folds: groups stay together, and the diagnoses have nearly equal
-    shares in all parts. A larger share has the parts of the smaller ones.
+    The lesions are divided into four parts like folds: groups stay together, and diagnoses have nearly equal shares in
+    all parts. A larger percentage includes the parts of the smaller ones.
     """
     parts = assign_folds(index.labels[rows], index.fold_groups[rows], QUARTERS, seed)
     return np.asarray(rows[parts < percent * QUARTERS // 100])
 
 
 def _key(fold: int, percent: int) -> str:
-    """Return what the hashes of a training have in place of the number of the fold."""
+    """Return the text that replaces the fold's number in the hashes of the training."""
     return f"fold {fold}, {percent}% of its training lesions"
 
 
 @dataclass(frozen=True)
 class _PartOfFold(FoldRun):
-    """The training of a fold on a part of its lesions."""
+    """The training of a fold on a subset of its lesions."""
 
     percent: int
 
@@ -108,8 +107,8 @@ class _PartOfFold(FoldRun):
         return self.model.train.model_copy(update={"trackers": (), "profile": None})
 
     @property
-    def about(self) -> dict[str, Any]:
-        return {"percent": self.percent, "lesions": len(self.own_rows)}
+    def extra_info(self) -> dict[str, Any]:
+        return {"percent": self.percent, "lesions": len(self.train_rows)}
 
     @cached_property
     def folder(self) -> FoldFolder:
@@ -117,8 +116,8 @@ class _PartOfFold(FoldRun):
         return FoldFolder(self.path, result_hash(*training), resume_hash(*training))
 
     @cached_property
-    def own_rows(self) -> np.ndarray:
-        return part_of_lesions(self.index, super().own_rows, self.percent, self.experiment.data.fold_seed)
+    def train_rows(self) -> np.ndarray:
+        return part_of_lesions(self.index, super().train_rows, self.percent, self.experiment.data.fold_seed)
 
     @property
     def hidden_inputs(self) -> tuple[str, ...]:

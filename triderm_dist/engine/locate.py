@@ -21,7 +21,7 @@ HUB = "hf-hub:"
 def locate_run(where: str | os.PathLike[str]) -> Path:
     """Return the folder of a run, after extracting a zip file or downloading `hf-hub:USER/NAME[@REVISION]`.
 
-    A zip file is extracted once, into triderm-dist/runs/SHA256 of the user's cache. Raises InputError where there is no
+    A zip file is extracted once, into triderm-dist/runs/SHA256 of the user's cache. Raises InputError if there is no
     run, and for a zip file or repository whose settings name plugins or allow commands: only a folder may run code.
     """
     text = os.fspath(where)
@@ -66,7 +66,7 @@ def _extract(path: Path) -> Path:
             os.utime(part)
             part.rename(target)
         except OSError as error:
-            if not target.is_dir():  # no other process was faster
+            if not target.is_dir():  # unless another process extracted it meanwhile
                 raise DataError(f"{path}: cannot be extracted into {target.parent} ({one_line(error)})") from None
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
             text = one_line(error, 160)
@@ -89,7 +89,7 @@ def _check_names(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _without_code(folder: Path, where: str) -> Path:
-    """Return the folder. Raises InputError where its settings name code to run."""
+    """Return the folder. Raises InputError if its settings name code to run."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise DataError(f"{where}: holds no {CONFIG_FILE}; it is not a run")

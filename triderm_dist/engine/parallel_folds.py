@@ -1,6 +1,6 @@
-"""Train the folds of a cross-validation in parallel, each by `run_folds` in its own process.
+"""Train the folds of a cross-validation in parallel, each by `run_folds` in a process of its own.
 
-`run_local_folds` starts the processes on this machine; `engine.ray_folds` leaves that to Ray, for GPUs and clusters.
+`run_local_folds` starts the processes on this machine; `engine.ray_folds` lets Ray start them, on GPUs and clusters.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from triderm_dist.schema import InputError
 Fold = tuple[str, int]
 """The name of a model, and the number of a fold."""
 PROCESS_BYTES = 1 << 29
-"""Memory of a process beside its training: imports that it does not share, decoded photos."""
+"""Memory of a process in addition to its training: imports that it does not share, decoded photos."""
 ENOUGH_BYTES = 8 << 30
-"""Memory per process with which the need of a training, whose estimate takes seconds, is not estimated."""
+"""With this much memory per process, the need of a training is not estimated, which would take seconds."""
 
 
 class Pool(Protocol):
-    """Processes that work on tasks."""
+    """Runs named tasks in processes."""
 
     def start(self, name: str) -> None:
-        """Start a task, or leave it to start later."""
+        """Start or queue a task."""
 
     def ended(self) -> list[tuple[str, Failure | None]]:
-        """Wait for up to about a second; return the tasks that have ended, and how they failed."""
+        """Wait for about a second at most; return (task, failure or None) of those that have ended."""
 
     def stop(self) -> None:
-        """Stop all tasks, and wait until they have saved their work."""
+        """Stop all tasks, and wait until they have saved their state."""
 
 
 def run_local_folds(
@@ -50,11 +50,12 @@ def run_local_folds(
 ) -> None:
     """Train every fold of every model on the CPUs of this machine, as many at once as cores and memory allow.
 
-    cpus: threads per fold; None shares the cores among all trainings of the experiment, and is 1 where there are as
-    many. It does not depend on what is left to train, so that a resumed run goes on with the same numbers. retries: how
-    often a fold whose process died or failed is restarted from its last checkpoint; invalid input is not retried.
+    cpus: threads per fold; None divides the cores by the number of all trainings of the experiment, at least 1. It is
+    independent of the number of remaining trainings, so that a resumed run gives the same numbers.
+    retries: how often a fold whose process died or failed is restarted from its last checkpoint; invalid input is not
+    retried.
 
-    Raises as `run_tasks` does; DataError where the run has folds of another task.
+    Raises as `run_tasks`; DataError if the run has folds of another task.
     """
     folds = remaining_folds(experiment, index, models)
     if not folds:
@@ -71,7 +72,7 @@ def run_local_folds(
         run_tasks(estimate, ["memory"], retries)
         return float(estimate.results["memory"])
 
-    at_once = fitting(min(cores // cpus, len(folds)), available_memory(), memory_per_fold)
+    at_once = processes_that_fit(min(cores // cpus, len(folds)), available_memory(), memory_per_fold)
     print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {counted(cpus, 'thread')}"), flush=True)
     first = {name: next(fold for fold in folds if fold[0] == name) for name in names}
     tasks = {title(fold): (_stoppable, (train, *shared, cpus, *fold, fold != first[fold[0]])) for fold in folds}
@@ -85,10 +86,10 @@ def run_local_folds(
         run_tasks(processes, list(tasks), retries)
 
 
-def fitting(processes: int, memory: int | None, need: Callable[[], float]) -> int:
-    """Return how many of `processes`, at least one, fit into `memory` bytes at once; all where it is not known.
+def processes_that_fit(processes: int, memory: int | None, need: Callable[[], float]) -> int:
+    """Return how many of `processes`, at least one, fit into `memory` bytes; all of them if `memory` is None.
 
-    need: returns the bytes of one; not called where there is plenty.
+    need: returns the bytes of one; not called if there is plenty (`ENOUGH_BYTES`).
     """
     if memory is not None and memory < processes * ENOUGH_BYTES:
         processes = min(processes, int(memory // need()))
@@ -96,7 +97,7 @@ def fitting(processes: int, memory: int | None, need: Callable[[], float]) -> in
 
 
 def remaining_folds(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> list[Fold]:
-    """Return the folds that are not finished. Raises DataError where the run has folds of another task."""
+    """Return the folds that are not finished. Raises DataError if the run has folds of another task."""
     check_task(experiment, index)
     folds = [(name, fold) for name in models for fold in range(experiment.data.folds)]
     for name, fold in folds:
@@ -110,17 +111,17 @@ def title(fold: Fold) -> str:
 
 
 def preparation(experiment: Experiment, models: Sequence[str]) -> str | None:
-    """Return the name of the task that computes what the folds of these models share; None where they share nothing."""
+    """Return the name of the task that computes what folds of these models share; None if they share nothing."""
     if cached := [name for name in models if experiment.models[name].tower.cached]:
         return "tokens of " + ", ".join(cached)
     return "photos of extra sets" if experiment.data.extra_sets else None
 
 
 def run_tasks(pool: Pool, names: Sequence[str], retries: int) -> None:
-    """Start all tasks and wait for them, restarting failed ones.
+    """Run all tasks, restarting failed ones.
 
-    Raises InputError with those that failed finally, once all others are finished; KeyboardInterrupt after a request to
-    stop, once all have saved.
+    Raises InputError that names tasks without retries left, after all others are finished; KeyboardInterrupt after a
+    request to stop, when all tasks have saved.
     """
     running, attempts, failed = set(names), Counter[str](), dict[str, str]()
     started, finished = time.monotonic(), 0
@@ -151,7 +152,7 @@ def run_tasks(pool: Pool, names: Sequence[str], retries: int) -> None:
 
 
 def _failures(failed: Mapping[str, str], total: int) -> str:
-    """Say in one line which tasks failed and why; each reason once."""
+    """Return one line with the tasks that failed and the reasons, each reason once."""
     tasks: dict[str, list[str]] = {}
     for name, reason in failed.items():
         tasks.setdefault(reason, []).append(name)
@@ -160,7 +161,7 @@ def _failures(failed: Mapping[str, str], total: int) -> str:
 
 
 def _print_progress(finished: int, total: int, seconds: float) -> None:
-    """Print how many tasks are finished, and the time left if the others finish at the same rate."""
+    """Print the number of finished tasks, and the remaining time at the same rate."""
     if total > 1:
         left = f", about {clock(seconds / finished * (total - finished))} left" if finished < total else ""
         print(f"{finished} of {total} finished in {clock(seconds)}{left}", flush=True)
@@ -190,7 +191,7 @@ def prepare(directory: str, experiment: Experiment, threads: int, names: Sequenc
 
 
 def _memory_per_fold(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> float:
-    """Return the bytes that the process of a fold needs, of the model that needs most."""
+    """Return the bytes that the process of a fold needs, for the model that needs most."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 
@@ -202,7 +203,7 @@ def _memory_per_fold(directory: str, experiment: Experiment, threads: int, names
 
 
 def _stoppable(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function that raises Interrupted once it has saved its work; raise KeyboardInterrupt then."""
+    """Call a function that raises Interrupted after it has saved, and raise KeyboardInterrupt instead."""
     try:
         function(*arguments)
     except Interrupted:

@@ -41,9 +41,8 @@ def predict_test(
 ) -> None:
     """Predict every lesion of `index` with each of the networks, averaged over the test-time transforms.
 
-    Call on all ranks. Writes test.parquet into the folder of each network, MODEL/fold-K or refit/MODEL, and skips those
-    whose file is up to date. Raises DataError where a network is not trained, or where the test set is of another task
-    or has other concepts.
+    Call on all ranks. Writes test.parquet into the folder of each network, MODEL/fold-K or refit/MODEL, unless it is up
+    to date. Raises DataError if a network is not trained, or if the test set is of another task or has other concepts.
     """
     models = list(models)
     folders = {name: network_folders(experiment, name, networks) for name in models}
@@ -97,7 +96,7 @@ def _predict(
 
 
 def _inputs_hash(folder: Path) -> str | None:
-    """Return the hash of the weights, test set and transforms that test.parquet was predicted with."""
+    """Return the hash of the weights, test set and transforms of test.parquet; None without it."""
     try:
         return read_info(folder / "test").get("stamp")
     except CheckpointError:

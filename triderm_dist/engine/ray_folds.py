@@ -1,4 +1,4 @@
-"""Train the folds of a cross-validation in parallel, each in a process that Ray schedules on GPUs or a cluster."""
+"""Train the folds of a cross-validation in parallel, in processes that Ray schedules on GPUs or a cluster."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ def run_ray_folds(
 ) -> None:
     """Train every fold of every model as `run_folds` does, as many at once as resources allow, skipping finished ones.
 
-    cpus: cores and threads per fold, 1 where it is None. gpus: share of a GPU per fold; None takes one GPU where there
-    are any. retries: how often a fold whose process died or failed is restarted from its last checkpoint; invalid input
-    is not retried. address: of a Ray cluster; None starts Ray on this machine.
+    cpus: cores and threads per fold; None is 1.  gpus: share of a GPU per fold; None is one GPU if there are any.
+    retries: see `run_local_folds`.  address: of a Ray cluster; None starts Ray on this machine.
 
-    Raises MissingPackage without Ray, ConfigError where no machine has the resources of one fold; otherwise as
-    `run_local_folds` does.
+    Raises MissingPackage without Ray, ConfigError if no machine has the resources of one fold; otherwise as
+    `run_local_folds`.
     """
     folds = remaining_folds(experiment, index, models)
     if not folds:
@@ -51,7 +50,7 @@ def run_ray_folds(
 
 
 def _schedule(experiment: Experiment, folds: Sequence[Fold], cpus: int, gpus: float | None, retries: int) -> None:
-    """Compute what several folds share, tokens and thumbnails, then train the folds; Ray is running."""
+    """Compute the tokens and thumbnails that folds share, then train the folds; Ray is running."""
     import ray
 
     if gpus is None:
@@ -76,7 +75,7 @@ def _schedule(experiment: Experiment, folds: Sequence[Fold], cpus: int, gpus: fl
 
 
 class RayTasks:
-    """Tasks of Ray, which runs as many at once as fit. tasks: functions that submit them."""
+    """A `Pool` of Ray tasks; Ray runs as many at once as resources allow. tasks: functions that submit them."""
 
     def __init__(self, tasks: Mapping[str, Callable[[], Any]]) -> None:
         self._tasks, self._running = tasks, dict[Any, str]()
@@ -100,7 +99,7 @@ class RayTasks:
 
     @staticmethod
     def _failure(reference: Any) -> Failure | None:
-        """Return how an ended task failed; None where it did not."""
+        """Return the failure of an ended task; None if it succeeded."""
         import ray
 
         try:
@@ -123,7 +122,7 @@ def _call(function: Callable[..., None], *arguments: Any) -> None:
 
 @contextmanager
 def _sigint_as_sigterm() -> Iterator[None]:
-    """Handle SIGINT, by which Ray cancels a task, as SIGTERM."""
+    """Handle SIGINT, with which Ray cancels a task, as SIGTERM."""
     before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     try:
         yield

@@ -1,11 +1,10 @@
-"""Refit: train each model once more, on all labeled lesions, so that one network per model predicts instead of one per
-fold.
+"""Refit: train each model again on all labeled lesions, so that one network per model predicts instead of one per fold.
 
-Nothing is held out, so nothing is validated and no score is measured: the estimate remains that of the folds. The
-training stops after the epoch whose weights the folds kept (their median), in the midst of the schedule where
-train.select=best kept earlier ones. OUTPUT/refit/MODEL holds the files of a fold without predictions; its fold.json
-also has `refit_of`, the hashes of the folds' weights, by which the stacker and the ensemble that were fitted on them
-accept the network.
+No lesions are held out, so there is no validation and no score; the estimate remains that of the folds. The training
+stops after the median of the epochs that the folds selected, which is before the end of the schedule if
+train.select=best selected earlier ones. OUTPUT/refit/MODEL holds the files of a fold without predictions. Its fold.json
+also has `refit_of`, the hashes of the folds' weights, by which the stacker and the ensemble fitted on them accept the
+network.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ from triderm_dist.schema import DataError
 def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> None:
     """Train every model on all labeled lesions, one after the other on all ranks, skipping finished ones.
 
-    Call on all ranks. Raises what `run_folds` raises, and DataError where a fold is not trained with these settings and
-    data.
+    Call on all ranks. Raises as `run_folds`, and DataError if a fold is not trained with these settings and data.
     """
     assignment = assigned_folds(index, experiment.data)
     folds = {name: _TrainedFolds.read(experiment, index, name) for name in models}
@@ -55,8 +53,9 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
 
 @dataclass(frozen=True)
 class _TrainedFolds:
-    """What a refit takes from the folds: the median epoch of their weights (the higher one of two), and the weights'
-    hashes.
+    """Results of the folds that a refit uses.
+
+    epochs: median of the selected epochs, the higher one of two.  weights: hashes of the folds' weights.
     """
 
     epochs: int
@@ -64,12 +63,12 @@ class _TrainedFolds:
 
     @property
     def key(self) -> str:
-        """What the hashes of a refit have in place of the number of the fold."""
+        """Text that replaces the fold's number in the hashes of the refit."""
         return f"refit, {self.epochs} epochs"
 
     @staticmethod
     def read(experiment: Experiment, index: ShardIndex, name: str) -> _TrainedFolds:
-        """Read both from the files of all folds. Raises DataError where one is not trained."""
+        """Read the files of all folds. Raises DataError if one is not trained."""
         model_config(experiment, name)
         epochs, weights = [], []
         for fold in range(experiment.data.folds):
@@ -86,8 +85,9 @@ class _TrainedFolds:
 
 
 def _executed_as(experiment: Experiment, name: str, folder: Path) -> Experiment:
-    """Return the settings with those of a finished fold that say only how a step is computed, such as the micro-batch,
-    which may be others for a refit, on other devices.
+    """Return the settings with the execution settings of a finished fold, such as the micro-batch.
+
+    A refit on other devices may use other ones without a change of its hash.
     """
     if not (folder / "fold.json").exists():
         return experiment
@@ -100,7 +100,7 @@ def _executed_as(experiment: Experiment, name: str, folder: Path) -> Experiment:
 
 @dataclass(frozen=True)
 class _Refit(FoldRun):
-    """A training that holds nothing out."""
+    """A training without held-out lesions."""
 
     folds: _TrainedFolds
 
@@ -121,7 +121,7 @@ class _Refit(FoldRun):
         return self.folds.epochs
 
     @property
-    def about(self) -> dict[str, Any]:
+    def extra_info(self) -> dict[str, Any]:
         return {"refit_of": self.folds.weights}
 
     @cached_property
@@ -138,7 +138,7 @@ class _Refit(FoldRun):
 
 
 def _record_folds(path: Path, folds: _TrainedFolds) -> None:
-    """Record the weights of folds that were trained again after the refit, with equal settings."""
+    """Record new hashes in fold.json after the folds were trained again with equal settings."""
     info = read_info(path / "fold")
     if tuple(info["refit_of"]) != folds.weights:
         write_info(path / "fold", **{**info, "refit_of": folds.weights})

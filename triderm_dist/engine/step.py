@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Everything that differs between two optimizer steps of a training, besides the learning rates.
+    """Everything that differs between two optimizer steps of a training, except for the learning rates.
 
     keys: of the dropout masks of each micro-batch (`LesionMasks.draw`).  number: of the step, counted from 1.
     previous: the loss sums of the step before, None where the loss does not use them.
@@ -86,7 +86,7 @@ class TrainStep:
         return StepResult(sums, step.count, norm)
 
     def inputs(self, step: Step, number: int, previous: Sums | None) -> StepInputs:
-        """Return the inputs of a step, and tell the guard of its lesions."""
+        """Return the inputs of a step, and register its lesions with the guard."""
         self.guard.remember(number + 1, step)
         ratios, option = {*self.loss.ratios}, self.config.loss.soft_f1_sums
         uses_previous = bool(ratios and previous and option == "previous" and ratios <= {*previous})
@@ -126,7 +126,7 @@ class TrainStep:
 
     @cached_property
     def _statistics(self) -> RunningStatistics:
-        """Of the network in training mode, as it is in the first step."""
+        """Created in the first step, when the network is in training mode."""
         return RunningStatistics(self.wrapped)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Compute the thumbnails by which the photos of sets are compared (`data.overlap`) on all ranks."""
+"""Compute on all ranks the thumbnails with which photos of several sets are compared (`data.overlap`)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from triderm_dist.data.overlap import Thumbnails
 def compute_thumbnails(
     sets: Sequence[Thumbnails], workers: int, accelerator: Accelerator, after_file: Callable[[], None]
 ) -> None:
-    """Compute the missing files of thumbnails, distributed over the ranks.
+    """Compute the missing files of thumbnails, distributed over the ranks. Call on all ranks.
 
-    Call on all ranks. after_file: called on all ranks after a file of each, and may raise.
+    after_file: called on all ranks after each of them has computed a file, and may raise.
     """
     missing = [(thumbnails, number) for thumbnails in sets for number in thumbnails.missing()]
     accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing

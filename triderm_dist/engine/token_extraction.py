@@ -107,8 +107,8 @@ class TokenExtractor:
         with Progress(*columns, disable=not accelerator.is_main_process) as progress:
             task = progress.add_task(f"{self.what}, chunks", total=len(missing))
             for start in range(0, len(missing), ranks):
-                # `after_chunk` may synchronize the ranks, so it is called once per round (each rank computes one chunk),
-                # and after each part of a chunk of several parts.
+                # `after_chunk` may synchronize the ranks, so it is called once per round, in which each rank computes a
+                # chunk, and after each part of a chunk of several parts.
                 calls = len(cache.parts(0))
                 if (position := start + accelerator.process_index) < len(missing):
                     version, chunk = missing[position]

@@ -1,4 +1,4 @@
-"""A trained network in the folder of a run: what its fold.json says of it."""
+"""A trained network in the folder of a run, described by its fold.json."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class TrainedNetwork:
 
     @property
     def tower(self) -> TowerRecord | None:
-        """The tower that it is built on, from RUN/towers; None for a network trained before towers were recorded.
+        """Record of its tower in RUN/towers; None for networks of versions that recorded no towers.
 
-        Raises CheckpointError where the record is missing or damaged.
+        Raises CheckpointError if the record is missing or damaged.
         """
         name = self.info.get("tower")
         return read_tower(self.run / FOLDER, name) if name else None

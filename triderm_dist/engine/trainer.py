@@ -1,4 +1,4 @@
-"""Training of one network, on the lesions outside a fold or on all of them: the loop."""
+"""The training loop of one network."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from triderm_dist.settings import flatten
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads.
+    """The data of a training.
 
-    training: loaders of a packed set, or of its union with extra sets.  train_rows: (n,) of it.  loaders: of the packed
-    set.  validation_rows: (n,) of it; without any, nothing is validated.
+    training: loaders of a packed set, or of its union with extra sets.  train_rows: rows (n,) of it.
+    loaders: of the packed set.  validation_rows: rows (n,) of it; empty for a training without validation.
     """
 
     training: LoaderFactory[Lesions]
@@ -65,11 +65,12 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Output:
-    """How a training is printed: as the `number`-th of `total` that follow one another.
+    """How a training is printed, number `number` of `total`.
 
-    run: the name of the run, by which trackers group its trainings.  brief: with a start-up report that lacks what all
-    folds of a model share.  in_parallel: with its name before every line, since others print at the same time.
-    later_seconds: the time of the trainings that follow, given that of this one.
+    run: name of the run, by which trackers group its trainings.
+    brief: omit from the start-up report what all folds of a model have in common.
+    in_parallel: print the training's name before every line, since others print at the same time.
+    later_seconds: estimates the seconds of all later trainings, given those of this one.
     """
 
     run: str = ""
@@ -110,8 +111,9 @@ class Trainer:
         output: Output | None = None,
         why_precision: str = "",
     ) -> None:
-        """name: of the training in logs.  folder: gets the weights, checkpoints and logs.  epochs: how many of the
-        config.epochs of the schedule to train, None all.  why_precision: of `config`, where it was measured.
+        """name: of the training in logs.  folder: for weights, checkpoints and logs.
+        epochs: number of the schedule's config.epochs to train; None trains all.
+        why_precision: reason for the precision of `config`, if it was measured.
         """
         output = output or Output()
         check_supported(accelerator, config)
@@ -178,10 +180,10 @@ class Trainer:
     ) -> list[dict[str, Any]]:
         """Train to the last epoch and write the selected weights to FOLDER/weights.safetensors.
 
-        Returns the changes of settings between checkpoint and resume: {"step", setting: [before, after]}. `on_start` is
-        called on rank 0 before anything is written, `on_validation` with (epoch, scores). Raises, on all ranks,
-        InputError for a loss or gradient that is not finite (the step is not taken), OSError for a file that cannot be
-        written, and, after saving, Interrupted where `stop` was requested.
+        Returns the changes of settings between checkpoint and resume: {"step", setting: [before, after]}.
+        on_start: called on rank 0 before anything is written.  on_validation: called with (epoch, scores).
+        Raises, on all ranks, InputError for a non-finite loss or gradient (the step is not taken), OSError for a file
+        that cannot be written, and, after saving, Interrupted if `stop` was requested.
         """
         on_main(lambda: self._begin(on_start))
         state, active = self.training.state, self.accelerator.is_main_process
@@ -257,11 +259,11 @@ class Trainer:
         self.tracker.log("train", self.epochs.done(state), state.step, values)
 
     def _end_epoch(self, stop: Stop) -> dict[str, float]:
-        """Score the validation rows, if there are any and it is due; keep the weights if they are to be selected."""
+        """Validate if it is due, and save the weights if they are selected. Returns the scores, {} if not validated."""
         self.guard.check()
         if self.expectation and self._speed:
             self.accelerator.print(wrapped(f"{self.name}: {self.expectation.beside(*self._speed)}"), flush=True)
-            self.expectation = None  # once is enough
+            self.expectation = None  # print it once
         state, average, number = self.training.state, self.training.average, self.training.state.epoch + 1
         if average:
             average.after_epoch(number)
@@ -309,9 +311,7 @@ def check_names(config: TrainConfig) -> None:
 
 
 def execution_settings(config: TrainConfig, accelerator: Accelerator, network: Network) -> dict[str, Any]:
-    """Return what changes the numbers of a training and yet may change when it resumes: settings, and the version of
-    the code where `checkpoint.BEFORE` has an older one.
-    """
+    """Return settings that affect rounding and may change on resume, and code versions as in `checkpoint.BEFORE`."""
     return {
         **({"dropout": "by lesion"} if has_dropout(network) else {}),
         **({"order of repeats": "random"} if config.sampling.kind == "balanced" else {}),
@@ -353,14 +353,14 @@ class _Epochs:
         )
 
     def mixing(self, state: TrainState) -> Mixing | None:
-        """Return what mixes the lesions of the current epoch, None where they are not mixed."""
+        """Return the mixing of lesions in the current epoch; None without mixing."""
         augment, left = self.config.augment, self.config.epochs - state.epoch
         if not augment.mixes or left <= augment.unmixed_epochs:
             return None
         return Mixing(augment, self.data.loaders.index.signature)
 
     def done(self, state: TrainState) -> float:
-        """Return the epochs done, with the fraction of the current one."""
+        """Return the number of epochs done, with the fraction of the current one."""
         return state.epoch + state.batch / self.steps[state.epoch]
 
     def _plan(self, epoch: int) -> EpochPlan:

@@ -39,7 +39,7 @@ Weights = dict[str, Tensor]
 
 
 def find_networks(init: str, model: str, setting: str = "init") -> list[TrainedNetwork]:
-    """Return the networks that `models.NAME.init` names: one, or a model's refit if it has one, or all its folds.
+    """Return the networks that `models.NAME.init` names: a single one, a model's refit if it has one, or all its folds.
 
     model: the one to take where `init` names a run of several.  setting: of that model, for messages. Raises
     ConfigError where there is none, or it is not clear which.
@@ -77,7 +77,7 @@ def find_networks(init: str, model: str, setting: str = "init") -> list[TrainedN
 
 
 def init_identity(experiment: Experiment, name: str, folder: Path) -> list[str]:
-    """Return the SHA-256 of the weights of all networks that the training of a model may begin with; [] without `init`.
+    """Return the SHA-256 of the weights of all networks from which a model's training may start; [] without `init`.
 
     folder: that of the training. Where the other run is gone, they are those that a finished training recorded there.
     """
@@ -117,8 +117,7 @@ def _identity(
 
 @dataclass(frozen=True)
 class Filled:
-    """The parameters and buffers of a network that were taken, those that began anew, and those that have no place in
-    it, by name."""
+    """Names of parameters and buffers. taken: loaded from `source`.  new: initialized.  left: of `source` only."""
 
     source: TrainedNetwork
     taken: tuple[str, ...]
@@ -126,7 +125,7 @@ class Filled:
     left: tuple[str, ...]
 
     def describe(self) -> str:
-        """Say in one line what was taken, made new and left, by part of the network."""
+        """Describe in one line what was taken, initialized and left out, by part of the network."""
         text = f"starts from {self.source.folder}: {_parts(self.taken)} taken"
         for names, what in ((self.new, "new"), (self.left, "left")):
             if names:
@@ -157,9 +156,9 @@ def tower_weights(network: TrainedNetwork, weights: Weights) -> dict[str, Weight
 
 
 def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) -> Filled:
-    """Load into a network what fits of another one. config: the network's own settings.
+    """Load the weights of another network that fit into this one. config: settings of this network.
 
-    Raises CheckpointError where nothing fits, or the other network's files are damaged.
+    Raises CheckpointError if nothing fits, or if the other network's files are damaged.
     """
     weights = read_weights(source.folder / "weights")
     own = network.state_dict()
@@ -192,7 +191,7 @@ def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) 
 def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
     """Load the weights of another network's tower into a tower that stays frozen.
 
-    Raises CheckpointError where none fits completely.
+    Raises CheckpointError if none fits completely.
     """
     towers = tower_weights(source, read_weights(source.folder / "weights"))
     key = fitting_tower(tower, SHARED, towers)
@@ -208,7 +207,7 @@ def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
 
 
 def _path(init: str) -> Path:
-    """Return the path that `init` means, after downloading or extracting its run."""
+    """Return the path of `init`, after downloading or extracting its run."""
     if init.startswith(HUB):
         user, _, rest = init.removeprefix(HUB).partition("/")
         name, _, rest = rest.partition("/")
@@ -225,7 +224,7 @@ def _read(folder: Path) -> TrainedNetwork:
 
 
 def fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:
-    """Return which of the other network's towers fills this one: that of its view, or the shared one, or any."""
+    """Return the other network's tower that fits this one: of the same view, the shared one, or any; None if none."""
     shapes = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     order = [key, SHARED, "dermoscopic", "clinical"]
     fitting = [name for name, each in towers.items() if {k: tensor.shape for k, tensor in each.items()} == shapes]
