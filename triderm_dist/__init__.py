@@ -29,7 +29,7 @@ def load(
     settings.  batch: lesions in a forward pass; None takes that of the run's settings.  networks: `folds` averages the
     networks of all folds, `refit` takes the one network per model that `triderm refit` trained.
 
-    Raises `schema.InputError`, in one line, where there is no complete run.
+    Raises `schema.InputError`, in one line, if there is no complete run.
     """
     from triderm_dist.engine.locate import locate_run
     from triderm_dist.inference.run import Run

@@ -21,7 +21,7 @@ from triderm_dist.files import PATIENT_DATA, atomic_path, safetensors_errors, wr
 KEY = "checksum"
 _PARQUET_KEY = b"triderm.checksums"
 _IN_FOOTER, _FOOTER_KEY = b"in the footer", b"triderm.checksums.footer"
-"""The value of `_PARQUET_KEY` in a file whose checksums were known once all rows were written, and where they are."""
+"""The value of `_PARQUET_KEY` in a file whose checksums were known once all rows were written, and their position."""
 
 
 class DamagedFile(Exception):
@@ -73,7 +73,7 @@ def _json_sha256(tree: Any) -> str:
 
 
 def without_checksum(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file of `write_checked_json` that was parsed. Raises DamagedFile where it differs."""
+    """Return the content of a file of `write_checked_json` that was parsed. Raises DamagedFile if it differs."""
     content = {key: value for key, value in tree.items() if key != KEY}
     if KEY in tree and tree[KEY] != _json_sha256(content):
         raise DamagedFile(f"changed or damaged: its content has another checksum than {str(tree[KEY])[:16]}...")
@@ -233,7 +233,7 @@ def _parquet_errors() -> Iterator[None]:
 
 
 def _split_metadata(schema: Any, about: Any) -> tuple[dict[bytes, bytes], dict[str, Any] | None]:
-    """Return the metadata that a file was written with, and its checksums, None where it has none."""
+    """Return the metadata that a file was written with, and its checksums, None if it has none."""
     metadata = dict(schema.metadata or {})
     found = metadata.pop(_PARQUET_KEY, None)
     if found == _IN_FOOTER:

@@ -66,7 +66,7 @@ def run(
 
     about: text of --help. users: names other programs in the error for a setting that has no effect on this one.
     locate: returns the folder of the run that `run=` names.
-    first: the setting that the first words without `=` are the value of; one word where it is no list.
+    first: the setting that the first words without `=` are the value of; one word if it is no list.
     on_ranks: for a program that trains or predicts: returns whether this process does so, on its own or as a rank, and
     not processes that it starts.
     """

@@ -677,7 +677,7 @@ TRAINING = (
 
 
 def slice_of(text: str | None) -> tuple[int, int] | None:
-    """Return K and N of the setting slice=K/N, None where it is not given. Raises ConfigError for another text."""
+    """Return K and N of the setting slice=K/N, None if it is not given. Raises ConfigError for another text."""
     if text is None:
         return None
     number, slash, of = text.partition("/")
@@ -718,7 +718,7 @@ RESERVED_MODELS = frozenset(
 def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
     """Return the models, each followed by NAME-s1, NAME-s2, ... where it has several seeds; earlier ones are replaced.
 
-    Raises ValueError where one of these names is that of another model.
+    Raises ValueError if one of these names is that of another model.
     """
     result = {}
     for name, model in models.items():
@@ -1008,7 +1008,7 @@ _CUT_OFF = "its settings are cut off; restore it from a copy, or give the settin
 def _settings_of_run(kind: type[Experiment], top: dict[str, Any]) -> dict[str, Any]:
     """Take `run` out of the settings of a command line, and return the settings of that run.
 
-    Raises ConfigError where the folder holds none, and where `output` names another folder than `run` for a program
+    Raises ConfigError if the folder holds none, and if `output` names another folder than `run` for a program
     that writes into its run.
     """
     folder = str(Path(str(top.pop("run"))).expanduser())
@@ -1067,7 +1067,7 @@ def _moved(raw: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def find_file(kind: str, name: str | os.PathLike[str]) -> Path:
-    """Return the file at a path, or where there is none the shipped one of that name."""
+    """Return the file at a path, or if there is none the shipped one of that name."""
     path = Path(name).expanduser()
     if not path.is_file() and str(name) in shipped_names(kind):
         return shipped(kind) / (f"{name}.yaml" if kind in BY_STEM else path.name)
@@ -1217,7 +1217,7 @@ def stable_dump(section: Section, path: str) -> dict[str, Any]:
     """Return the settings of a section as plain values, for the hashes that decide whether finished work is reused.
 
     Holds all of `FIRST_KEYS`, whatever their values, so that work finished with a default that has changed since does
-    not match; and of the keys added later those that differ from `ADDED_KEYS` (from their default where they are not
+    not match; and of the keys added later those that differ from `ADDED_KEYS` (from their default if they are not
     listed), so that adding a setting changes no hash. `path` is the section's dotted key, such as "models.NAME.train".
     """
     dump = section.model_dump(mode="json")

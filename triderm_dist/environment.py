@@ -70,7 +70,7 @@ class _Keys(BaseModel):
 def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
     """Add the start, duration and exit code of a program to the environment.json of a run; on rank 0 only.
 
-    exit_code: the exit code of an exception, as a function of it. Adds nothing where the folder is not a run's, and
+    exit_code: the exit code of an exception, as a function of it. Adds nothing if the folder is not a run's, and
     never makes a program fail.
     """
     started, clock, code = datetime.now(UTC), time.perf_counter(), 0
@@ -92,7 +92,7 @@ def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
 
 
 def record_stage(folder: Path, stage: str, started: datetime, usage: Mapping[str, float | None]) -> None:
-    """Add what a stage of the pipeline needed; nothing where the folder is not a run's. Never makes a run fail."""
+    """Add what a stage of the pipeline needed; nothing if the folder is not a run's. Never makes a run fail."""
     if (folder / CONFIG_FILE).exists():
         numbers = {key: value if value is None else round(value, 2) for key, value in usage.items()}
         with contextlib.suppress(OSError, ValueError), _changed(folder) as record:
@@ -107,12 +107,12 @@ def record_data(folder: Path, split: str, facts: Mapping[str, Any]) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """Return the content of environment.json; without starts and data where there is none, or it is not readable."""
+    """Return the content of environment.json; without starts and data if there is none, or it is not readable."""
     return _read(folder) or {"format": FORMAT, "version": VERSION, "data": {}, "environments": [], "starts": []}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """Return the content of environment.json, None where there is none or it is not readable."""
+    """Return the content of environment.json, None if there is none or it is not readable."""
     try:
         record = read_checked_json(folder / ENVIRONMENT_FILE, _Keys)
     except (FileNotFoundError, DamagedFile):

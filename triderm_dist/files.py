@@ -88,7 +88,7 @@ def _open_temporary(path: Path, mode: int) -> tuple[IO[bytes], Path]:
 
 
 def open_new(path: Path, mode: int = NEW_FILE) -> IO[bytes]:
-    """Open a file for writing bytes, empty; where it is new, it has `mode` less the umask."""
+    """Open a file for writing bytes, empty; if it is new, it has `mode` less the umask."""
     return open(path, "wb", opener=_opener(mode))
 
 
@@ -145,7 +145,7 @@ def walk_folders(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder at or below `folder` with the names of its files, both in the order of names.
 
-    Symbolic links are followed, but each folder comes once, however many links lead to it, by its own path where it is
+    Symbolic links are followed, but each folder comes once, however many links lead to it, by its own path if it is
     below `folder`.  skip: names of folders that are left out.  seen: (device, inode) of folders already walked.
     """
     seen = set() if seen is None else seen
@@ -303,7 +303,7 @@ def exclusive_lock(lock: Path, refusal: str) -> Iterator[int]:
 
 
 def _wait_for_lock(file: IO[str], refusal: str) -> None:
-    """Lock an open file. Raises Busy where another process still holds the lock after `lock_seconds`."""
+    """Lock an open file. Raises Busy if another process still holds the lock after `lock_seconds`."""
     seconds, started, told = lock_seconds(), time.monotonic(), False
     while True:
         try:
@@ -335,7 +335,7 @@ def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None
     """Lock an open file, exclusively or shared with other readers, until it is closed or unlocked.
 
     wait: until no other process holds a lock that excludes this one; otherwise raises BlockingIOError where one does.
-    Does nothing where Python has no `fcntl`: there, two programs in one folder do not notice each other.
+    Does nothing if Python has no `fcntl`: there, two programs in one folder do not notice each other.
     """
     if fcntl is not None:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

@@ -5,7 +5,7 @@ their measured coverage: `python -m benchmarks.coverage`. What they have in comm
 a few lesions were found still has an interval.
 
 Shapes: N lesions, C diagnoses, U units (distinct rows of the counts of a lesion or group), R resamples. Labels are
-(N,) int64, rows with `UNLABELED` are left out; decisions (N, C) bool; groups (N,) of any type, None where each lesion
+(N,) int64, rows with `UNLABELED` are left out; decisions (N, C) bool; groups (N,) of any type, None if each lesion
 is its own.
 """
 
@@ -81,7 +81,7 @@ def f1_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray |
     """Return F1 of each diagnosis with its interval; NaN for a diagnosis without a lesion.
 
     F1 = 2 J / (1 + J) rises with J = TP / (TP + FP + FN), and TP is binomial given TP + FP + FN. So the interval is
-    that of a proportion: quantiles of Beta(TP + 2/3, FP + FN + 2/3), with the end 0 where TP = 0 and the end 1 where
+    that of a proportion: quantiles of Beta(TP + 2/3, FP + FN + 2/3), with the end 0 if TP = 0 and the end 1 where
     FP + FN = 0. Jeffreys' prior has 1/2 (Brown, Cai and DasGupta 2001) and covers more than 97% for rarely found
     diagnoses; 2/3 covers nearer to 95% there.
     """
@@ -625,7 +625,7 @@ def _units(tables: list[np.ndarray], labels: np.ndarray, groups: np.ndarray | No
     """Return the counts of each decision table by distinct unit, and the frequency (U,) of the units.
 
     A unit is a lesion or a group. Units with equal counts are exchangeable, so a resample is a multinomial draw over
-    the distinct ones: exact, without a pass over the N lesions. Raises DataError where shapes do not match.
+    the distinct ones: exact, without a pass over the N lesions. Raises DataError if shapes do not match.
     """
     labels = np.asarray(labels)
     for table in tables:

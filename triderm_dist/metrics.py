@@ -1,7 +1,7 @@
 """Metrics: F1 per diagnosis, macro F1 by the official rule and by argmax, and the metrics of the report.
 
 NumPy only; intervals are in `triderm_dist.intervals`. Shapes: N lesions, C diagnoses. `labels` (N,) int64 index the C
-diagnoses; rows with `UNLABELED` are excluded from F1. Decisions are a (N, C) bool table: True where a diagnosis is
+diagnoses; rows with `UNLABELED` are excluded from F1. Decisions are a (N, C) bool table: True if a diagnosis is
 predicted. The metrics of the report take labeled lesions only.
 """
 
@@ -60,7 +60,7 @@ class ClassCounts:
 
 
 def class_counts(decisions: np.ndarray, labels: np.ndarray) -> ClassCounts:
-    """Count (N, C) bool decisions against (N,) labels. Raises DataError where their shapes differ."""
+    """Count (N, C) bool decisions against (N,) labels. Raises DataError if their shapes differ."""
     decisions, labels = _labeled(np.asarray(decisions, bool), labels)
     truth = labels[:, None] == np.arange(decisions.shape[1])
     return ClassCounts((decisions & truth).sum(axis=0), decisions.sum(axis=0), truth.sum(axis=0), len(labels))
@@ -361,7 +361,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return decisions and labels of the labeled lesions. Raises DataError where their shapes do not match."""
+    """Return decisions and labels of the labeled lesions. Raises DataError if their shapes do not match."""
     labels = np.asarray(labels)
     if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
         raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not match: expected (N, C) and (N,)")

@@ -212,7 +212,7 @@ def build_scheduler(
     unfreezing the rate of a group of depth d is 0 in the first d * `config.unfreeze_epochs` epochs.
 
     A rate of `config.lr` ends at `config.min_lr`; those of all groups fall by the same factor. Raises ConfigError
-    for an unknown schedule, or where `config.min_lr` is above `config.lr`.
+    for an unknown schedule, or if `config.min_lr` is above `config.lr`.
     """
     _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
     if config.min_lr > config.lr:

@@ -104,7 +104,7 @@ _LONGEST_COMPARED = 100
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known word most similar to `word`, whatever their case, None where none is similar.
+    """Return the known word most similar to `word`, whatever their case, None if none is similar.
 
     cutoff: the least similarity, from 0 to 1.
     """
@@ -123,12 +123,12 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def quoted(text: str, limit: int = 60) -> str:
-    """Return text of a user in quotes for a message, with escapes, and cut where it is long."""
+    """Return text of a user in quotes for a message, with escapes, and cut if it is long."""
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text):,} characters)"
 
 
 def unsafe_character(text: str, allowed: str = "") -> str | None:
-    """Name the first character that acts on a terminal or on the order of text, None where there is none.
+    """Name the first character that acts on a terminal or on the order of text, None if there is none.
 
     Those are control characters, separators of lines, marks of the direction of text, and halves of a surrogate pair.
     """
@@ -152,7 +152,7 @@ MAX_ID = 80
 
 
 def why_no_id(text: str) -> str | None:
-    """Say why a text of a table cannot be the id of a lesion, photo or patient, None where it can."""
+    """Say why a text of a table cannot be the id of a lesion, photo or patient, None if it can."""
     if not text:
         return "is empty"
     if len(text) > MAX_ID:
@@ -322,7 +322,7 @@ class TaskColumns:
 
     lesion_id: None takes the photo's name, so that every photo is a lesion.  image: id, file name or path of the photo;
     a mapping of view to column where a row holds a lesion with its photos.  view: the kind of photo, in tables with one
-    row per photo.  diagnosis: None where each diagnosis has a column of zeros and ones, or the table has no labels.
+    row per photo.  diagnosis: None if each diagnosis has a column of zeros and ones, or the table has no labels.
     group: the unit that must not be split over folds, such as the patient; None takes the lesion.
     """
 
@@ -472,12 +472,12 @@ class Task:
         return {word.lower(): label for label, each in enumerate(self.diagnoses) for word in (each.name, *each.words)}
 
     def label_of(self, text: str) -> int | None:
-        """Return the index of the diagnosis that a text names in any case, None where it names none."""
+        """Return the index of the diagnosis that a text names in any case, None if it names none."""
         # pandas writes a column of integers with gaps as 3.0.
         return self.label_words.get(text.lower(), self.label_words.get(text.lower().removesuffix(".0")))
 
     def fine_contradiction(self, label: int, fine: int) -> str | None:
-        """Say why a lesion cannot have this diagnosis and this finer label, None where it can."""
+        """Say why a lesion cannot have this diagnosis and this finer label, None if it can."""
         if self.fine is None or UNLABELED in (label, fine):
             return None
         diagnosis, parent = self.diagnosis_names[label], self.fine.diagnosis_of(fine)
@@ -586,7 +586,7 @@ def _lower(words: Iterable[str]) -> list[str]:
 
 
 def _twice(words: Iterable[str]) -> str | None:
-    """Return the first word that occurs twice, None where there is none."""
+    """Return the first word that occurs twice, None if there is none."""
     seen: set[str] = set()
     return next((word for word in words if word in seen or seen.add(word)), None)  # type: ignore[func-returns-value]
 
@@ -717,7 +717,7 @@ def _plain(value: Any) -> Any:
 class Lesion:
     """One checked lesion of a data set, before any pixel is read.
 
-    images: path of each view, None where the photo is missing.  concepts: K floats, NaN where missing.  metadata: M
+    images: path of each view, None if the photo is missing.  concepts: K floats, NaN where missing.  metadata: M
     floats in the order of the task's fields, NaN where missing.  label: of its diagnoses, or `UNLABELED`.  group:
     the patient, or the lesion itself; all lesions of a group are in the same fold.  fine: of the task's finer labels,
     or `UNLABELED`.
@@ -738,7 +738,7 @@ class Batch:
 
     clinical, dermoscopic: (B, 3, H, W) normalized pixels, or (B, L, D) tokens of a frozen tower; (B, 0) where the task
     lacks the view.
-    view_present: (B, 2) bool, in the order of `VIEWS`; False where the photo is missing or dropped.
+    view_present: (B, 2) bool, in the order of `VIEWS`; False if the photo is missing or dropped.
     concepts: (B, K) float, NaN where missing or dropped.  metadata: (B, M) float, NaN where missing.
     labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for padding rows.
     draws: in training, a function that returns 64 random bits for each lesion and name, (B, names) uint64 on the host,
@@ -749,7 +749,7 @@ class Batch:
 
     targets: (B, C) float distributions over diagnoses where lesions are mixed (`data.mixing`); None: the labels.
 
-    fine: (B, F) float, one-hot finer labels, mixed as the lesions are; rows of zeros where unknown. None where the task
+    fine: (B, F) float, one-hot finer labels, mixed as the lesions are; rows of zeros where unknown. None if the task
     has none.
     """
 
@@ -777,7 +777,7 @@ class Batch:
 class Outputs(NamedTuple):
     """The output of a network: raw logits (B, C) of the main and of each view's head, pooled features (B, D).
 
-    aux_clinical, aux_dermoscopic: None where the task lacks the view. A named tuple, since DDP, FSDP2, DeepSpeed and
+    aux_clinical, aux_dermoscopic: None if the task lacks the view. A named tuple, since DDP, FSDP2, DeepSpeed and
     Accelerate search tuples for tensors.
     """
 

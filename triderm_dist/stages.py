@@ -56,7 +56,7 @@ def run_stages(
     """Run the stages that are not done, recording each in FOLDER/stages.json. Exits with the code of a failed stage.
 
     Returns the name and usage of each that was run, which environment.json of a run keeps too. begin: called first,
-    while the folder is locked. Raises Busy where another run holds the lock; Interrupted after a signal to stop, once
+    while the folder is locked. Raises Busy if another run holds the lock; Interrupted after a signal to stop, once
     the running stage, to which SIGTERM is passed, has ended.
     """
     record = folder / "stages.json"

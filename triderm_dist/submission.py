@@ -141,7 +141,7 @@ def default_diagnoses() -> tuple[str, ...]:
 def map_to_half(probabilities: np.ndarray, decisions: np.ndarray) -> np.ndarray:
     """Map probabilities (N, C) such that a value is above 0.5 exactly where the diagnosis is decided, (N, C) bool.
 
-    p/2 where it is not decided, in [0, 0.5], else 0.5 + 1e-6 + p (0.5 - 1e-6). Both are strictly increasing and the
+    p/2 if it is not decided, in [0, 0.5], else 0.5 + 1e-6 + p (0.5 - 1e-6). Both are strictly increasing and the
     same for all rows and columns, so the decided values keep their order and their ties, within a row and within a
     column, and so do the others. No values with these decisions rank a column closer to its probabilities, as AUC and
     average precision see it.
@@ -366,7 +366,7 @@ def _check_shape(path: Path, table: np.ndarray, shape: tuple[int, int]) -> None:
 
 
 def _order(path: Path, ids: list[str], template: list[str]) -> list[int]:
-    """Return the row of each id of the template. Raises DataError where the two sets of ids differ."""
+    """Return the row of each id of the template. Raises DataError if the two sets of ids differ."""
     row_of = {lesion: row for row, lesion in enumerate(ids)}
     if missing := [lesion for lesion in template if lesion not in row_of]:
         raise DataError(f"{path}: {len(missing)} lesions of the template are not predicted, the first is {missing[0]}")

@@ -174,7 +174,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
 def _warm_start(config: Experiment, name: str) -> list[Path]:
     """Return the descriptions of the weights that a model begins with; none where that run is gone and all is trained.
 
-    Raises ConfigError where it is not there and a fold is not finished.
+    Raises ConfigError if it is not there and a fold is not finished.
     """
     from triderm_dist.engine.warm_start import find_networks
 

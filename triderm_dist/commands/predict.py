@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from triderm_dist.inference.table import ReadInput
 
 MAX_PRINTED = 20
-"""Lesions whose predictions are printed where there is no output."""
+"""Lesions whose predictions are printed if there is no output."""
 
 
 class PredictRun(RunReader):
@@ -158,7 +158,7 @@ def predict_test_set(config: PredictRun) -> None:
 
 
 def predict_input(config: PredictRun) -> None:
-    """Predict `config.input`, and write `config.results`, or print the predictions where it is the run's folder."""
+    """Predict `config.input`, and write `config.results`, or print the predictions if it is the run's folder."""
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_problems
     from triderm_dist.distributed.collectives import is_main, world_size

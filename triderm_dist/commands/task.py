@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
 
 def init(folder: Path, output: Path, roles: Mapping[str, str]) -> None:
-    """Write the description of a folder; `roles`: see `describe_folder`. Raises ConfigError where `output` exists."""
+    """Write the description of a folder; `roles`: see `describe_folder`. Raises ConfigError if `output` exists."""
     from triderm_dist.data.readers.describe import describe_folder
     from triderm_dist.settings import parse_yaml
 
@@ -78,7 +78,7 @@ def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
 def check(folder: Path, setting: str | None) -> None:
     """Show what a task reads from a folder; None: the task by which `triderm pack` reads it.
 
-    Raises InvalidLesions where a lesion is invalid.
+    Raises InvalidLesions if a lesion is invalid.
     """
     import numpy as np
     from rich.console import Console

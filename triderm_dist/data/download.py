@@ -55,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on a server: length in bytes, entity tag and MD5, the latter two empty where the server sends none."""
+    """A file on a server: length in bytes, entity tag and MD5, the latter two empty if the server sends none."""
 
     length: int
     tag: str
@@ -89,7 +89,7 @@ def fetch(
     file uploaded in one part. attempts: failed attempts in a row without a new byte before giving up. timeout: seconds
     without a byte that end an attempt. pause: seconds before the next attempt, doubled each time.
 
-    Raises DataError for a URL that does not serve the file and for a wrong checksum, Interrupted where the server
+    Raises DataError for a URL that does not serve the file and for a wrong checksum, Interrupted if the server
     cannot be reached and the same call can resume later.
     """
     part = path.with_name(path.name + ".part")
@@ -125,7 +125,7 @@ def fetch(
 
 
 def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) -> Remote:
-    """Request the missing bytes of a file. Raises _Retry where the transfer ended early."""
+    """Request the missing bytes of a file. Raises _Retry if the transfer ended early."""
     have, known = _size(part), _read_description(part)
     if known is None:
         part.unlink(missing_ok=True)
@@ -217,7 +217,7 @@ def _description_file(part: Path) -> Path:
 
 
 def _read_description(part: Path) -> Remote | None:
-    """Return the server's description of an incomplete file; None where there is none."""
+    """Return the server's description of an incomplete file; None if there is none."""
     try:
         return Remote(**json.loads(_description_file(part).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -96,7 +96,7 @@ def groups_file(folder: str | os.PathLike[str]) -> Path:
 def hash_groups(
     dataset: Dataset, output: str | os.PathLike[str], salt: str | None = None, asked: bool = True
 ) -> tuple[Dataset, GroupHashes | None]:
-    """Return the data set with hashes in the place of groups, and the hashes; unchanged and None where there are none.
+    """Return the data set with hashes in the place of groups, and the hashes; unchanged and None if there are none.
 
     The notes of the data set get those of `hashes_for`, which describes the arguments.
     """
@@ -123,7 +123,7 @@ def hashes_for(
     salt: str | None = None,
     asked: bool = True,
 ) -> tuple[GroupHashes | None, list[str]]:
-    """Return the hashes of groups, which the `groups_file` of `output` holds then too, and notes; None where no lesion
+    """Return the hashes of groups, which the `groups_file` of `output` holds then too, and notes; None if no lesion
     has a group but itself.
 
     lesion_ids, groups: (N,) str.  column: the name of groups.  salt: that of another set (`salt_of`); None: that of the
@@ -172,7 +172,7 @@ def _hashes_of(
 
 
 def read_salt(file: Path) -> bytes:
-    """Return the salt in a file of groups. Raises DataError where there is none."""
+    """Return the salt in a file of groups. Raises DataError if there is none."""
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             found = _SALT.fullmatch(opened.readline(200))

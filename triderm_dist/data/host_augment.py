@@ -24,7 +24,7 @@ from triderm_dist.runtime.extras import install_command, is_installed
 
 @functools.cache
 def opencv() -> Any | None:
-    """Return the module cv2; None where it is not installed, does not load, or samples otherwise than `PhotoTransform`.
+    """Return the module cv2; None if it is not installed, does not load, or samples otherwise than `PhotoTransform`.
 
     OpenCV before version 5, for example, rounds coordinates to 1/32 pixel.
     """

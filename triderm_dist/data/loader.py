@@ -62,7 +62,7 @@ filled again, so that the host does not wait for its copy.
 class Fetched:
     """Host tensors (B, ...) of the views, which are filled when the jobs are done.
 
-    memory: the source's own record of where they are.
+    memory: the source's own record of their position.
     """
 
     views: list[torch.Tensor]
@@ -92,7 +92,7 @@ class ViewSource(Protocol):
 
 
 class CanvasSource:
-    """Photos (B, 3, size, size), normalized for a tower, and augmented where there is an rng.
+    """Photos (B, 3, size, size), normalized for a tower, and augmented if there is an rng.
 
     Every photo is fitted to `canvas` (width, height) by `fit_to_canvas`. A subclass tells where photos are and decodes
     them.
@@ -288,7 +288,7 @@ class PhotoSource(CanvasSource):
     def decode(self, out: Sequence[np.ndarray], row: int, location: _Location) -> None:
         shard, offsets, sizes = location
         ends = list(map(operator.add, offsets, sizes))
-        # The photos of a lesion are neighbors in their tar; where there is none, the size is 0.
+        # The photos of a lesion are neighbors in their tar; if there is none, the size is 0.
         start = min(itertools.compress(offsets, sizes), default=0)
         data = memoryview(self.shards.read(shard, start, max(ends) - start) if any(sizes) else b"")
         for number, canvas in enumerate(out):
@@ -372,7 +372,7 @@ class TokenSource:
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         with self._upload(fetched.views, device) as (on_device, copied):
-            # Copied also where they are float32: the next batch overwrites what has been uploaded.
+            # Copied also if they are float32: the next batch overwrites what has been uploaded.
             floats = [self.cache.decode(records, copy=copied is not None) for records in on_device]
         return dict(zip(self.views, floats, strict=True))
 
@@ -603,7 +603,7 @@ def _empty_photos(number: int, height: int, width: int) -> torch.Tensor:
 
 
 def decode_into(out: np.ndarray, data: bytes | memoryview) -> None:
-    """Decode a JPEG into `out` (H, W, 3), without a copy where it has that size. Raises ValueError where it fails."""
+    """Decode a JPEG into `out` (H, W, 3), without a copy where it has that size. Raises ValueError if it fails."""
     try:
         photo = decode_jpeg(data, "RGB", buffer=out)
         if photo.shape == out.shape:

@@ -36,7 +36,7 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Shared:
-    """Two lesions with the same photo. similarity: of the thumbnails; None where the files are equal."""
+    """Two lesions with the same photo. similarity: of the thumbnails; None if the files are equal."""
 
     row: int
     main_row: int
@@ -85,7 +85,7 @@ class Thumbnails:
             np.savez(file, digests=digests, thumbnails=thumbnails)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return digests (N, 2) uint64, 0 where a view is missing, and thumbnails (N, 2, SIDE, SIDE, 3) uint8."""
+        """Return digests (N, 2) uint64, 0 if a view is missing, and thumbnails (N, 2, SIDE, SIDE, 3) uint8."""
         parts = [self._read(number) for number in range(-(-len(self.index) // CHUNK))]
         digests, thumbnails = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return digests, thumbnails

@@ -198,7 +198,7 @@ class PhotoSetSource(CanvasSource):
 
 
 def _held(photo: Photo | None) -> _Held | None:
-    """Return a photo as a type that threads can read. Raises OSError, SyntaxError or ValueError where it is none."""
+    """Return a photo as a type that threads can read. Raises OSError, SyntaxError or ValueError if it is none."""
     if isinstance(photo, Image.Image):
         photo.load()  # here, since one image must not be loaded by two threads
         return photo

@@ -120,7 +120,7 @@ class EpochPlan:
     def num_batches(self, global_batch: int) -> int:
         """Return the number of global batches; the last one may be padded.
 
-        Raises ConfigError where dropping the last one leaves none.
+        Raises ConfigError if dropping the last one leaves none.
         """
         if self.sampling.last == "pad":
             return -(-len(self) // global_batch)

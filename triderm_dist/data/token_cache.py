@@ -129,7 +129,7 @@ class TokenCache:
     def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
         """Fill `out` (n, record_size) uint8 with the records of one view of `rows` (n,), each row in its own version.
 
-        Raises DataError where one is missing or damaged.
+        Raises DataError if one is missing or damaged.
         """
         checksum = bytearray(_CRC)
         for row, version, record in zip(rows.tolist(), versions, out, strict=True):
@@ -157,7 +157,7 @@ class TokenCache:
 
     def earlier(self, version: str, rows: np.ndarray) -> np.ndarray | None:
         """Return the numbers (n, views, *shape) of a part (`parts`) that an earlier version of this package stored, in
-        a file of its own; None where it did not, or where they are damaged.
+        a file of its own; None if it did not, or if they are damaged.
         """
         try:
             content = self._earlier_path(version, rows).read_bytes()

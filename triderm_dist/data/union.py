@@ -35,7 +35,7 @@ class ExtraSet:
     labels: (N,) int64, `UNLABELED` for lesions that do not join: without a label, mapped to null, or dropped.
     class_mask: (C,) bool, the diagnoses that the set distinguishes: those that its map names.  weight: of the loss of
     its lesions.  views: (2,) bool, those of `VIEWS` that both tasks have.  concepts: (K,) the set's own column of each
-    concept, -1 where it has none.  metadata: (N, M), NaN where missing.  notes: how it was matched, one line each.
+    concept, -1 if it has none.  metadata: (N, M), NaN where missing.  notes: how it was matched, one line each.
     """
 
     name: str
@@ -81,7 +81,7 @@ def match_extra_set(config: ExtraSetConfig, index: ShardIndex, main: ShardIndex,
     """Match a packed set with the main one. where: the setting, for messages, as `data.extra.0`.
 
     Raises ConfigError for the main set itself, a map with an unknown diagnosis, without one that lesions have, or to
-    fewer than two diagnoses, and where no lesion is left.
+    fewer than two diagnoses, and if no lesion is left.
     """
     if index.fingerprint == main.fingerprint:
         raise ConfigError(f"{where}.shards: {config.shards} is the training set itself; remove it")

@@ -129,7 +129,7 @@ class _KeptCasts:
         self._kept: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id of the weight: weight, its version, cast
 
     def cast(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Return the weights in `dtype`, with gradient where it is on."""
+        """Return the weights in `dtype`, with gradient if it is on."""
         new = [weight for weight in weights if not self._is_kept(weight, dtype)]
         if new:
             casts: Sequence[Tensor]

@@ -37,7 +37,7 @@ def is_main() -> bool:
 def interrupt_on_lost_rank() -> Iterator[None]:
     """Context or decorator for code with collectives.
 
-    Raises Interrupted where another rank died, or did not answer within rank_timeout after the work had begun, and
+    Raises Interrupted if another rank died, or did not answer within rank_timeout after the work had begun, and
     InputError for faults of the backends that running again would not mend (see `heartbeat`). Other errors of this rank
     are told to the others, which then end with the same exit code.
     """

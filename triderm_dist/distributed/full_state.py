@@ -206,7 +206,7 @@ def load_optimizer_state(
     """Load what `full_optimizer_state` returned into a fresh optimizer. Call on all ranks.
 
     optimizer: the plain one.  weights: also become the fp32 master weights that DeepSpeed keeps. Raises CheckpointError
-    where the optimizer keeps other state than was saved.
+    if the optimizer keeps other state than was saved.
     """
     if strategy_of(accelerator) == "deepspeed":
         _load_deepspeed(wrapped, optimizer, weights, saved.tensors)

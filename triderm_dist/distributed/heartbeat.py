@@ -235,7 +235,7 @@ class _Store:
         return int(self._ask(lambda: self._store.add(key, amount)))
 
     def get(self, key: str) -> bytes | None:
-        """Return the value of a key, None where it is not set."""
+        """Return the value of a key, None if it is not set."""
         found: bytes | None = self._ask(lambda: self._store.get(key) if self._store.check([key]) else None)
         return found
 

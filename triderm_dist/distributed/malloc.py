@@ -29,7 +29,7 @@ def use_expandable_segments() -> None:
     one process do not split it up. Has an effect before the first allocation only; PYTORCH_ALLOC_CONF (before PyTorch
     2.10 PYTORCH_CUDA_ALLOC_CONF) takes precedence.
 
-    Does nothing where the driver cannot reserve addresses apart from memory, as on some shares of a GPU.
+    Does nothing if the driver cannot reserve addresses apart from memory, as on some shares of a GPU.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if torch.version.cuda is None or any(name in os.environ for name in names) or not _reserves_addresses():

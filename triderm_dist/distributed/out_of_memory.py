@@ -110,7 +110,7 @@ def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, alo
     the size that fits. For inference, whose results differ by rounding alone.
 
     setting: by which the user chooses the size, for messages. alone: `work` has no collectives. Raises ConfigError if
-    a batch of 1 does not fit, or where other ranks wait for this one in a collective.
+    a batch of 1 does not fit, or if other ranks wait for this one in a collective.
     """
     while True:
         try:

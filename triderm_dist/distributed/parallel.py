@@ -105,7 +105,7 @@ def start(
     rank_timeout: seconds that ranks wait for one another; the value of the first call in a process holds.
     gradients: precision in which DeepSpeed adds them up over ranks; `wrap` sets it for the others.
     Raises ConfigError if the global batch does not split evenly into ranks times micro-batches, MissingPackage without
-    DeepSpeed where the launcher asks for it.
+    DeepSpeed if the launcher asks for it.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         require("DeepSpeed ZeRO", *DEEPSPEED)
@@ -180,7 +180,7 @@ def share_compile_threads(environment: MutableMapping[str, str], cpus: int) -> N
 
 @contextmanager
 def _naming_missing_ranks() -> Iterator[None]:
-    """Context in which the ranks meet. Raises ConfigError where the others do not come, and no launcher started this
+    """Context in which the ranks meet. Raises ConfigError if the others do not come, and no launcher started this
     one: its variables were left in the environment, and to run the same command again would change nothing.
     """
     try:
@@ -196,7 +196,7 @@ def _naming_missing_ranks() -> Iterator[None]:
 
 
 def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelerator:
-    """Start the Accelerator of a training (see `start`), with deterministic algorithms where they are asked for."""
+    """Start the Accelerator of a training (see `start`), with deterministic algorithms if they are asked for."""
     if torch.cuda.is_available():
         _use_deterministic_algorithms(config.deterministic)
     clip_norm, gradients = config.optim.clip_norm, config.gradient_precision

@@ -81,7 +81,7 @@ def running_ray(
 def _temporary_folder(setting: str) -> dict[str, str]:
     """Return Ray's setting for a short folder where that of TMPDIR is too long for the names of its sockets.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     folder = os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")
     if len(os.fsencode(folder)) <= MAX_FOLDER:

@@ -65,7 +65,7 @@ def examine(
 
     ranks: the processes of a training to plan for; None takes the launcher's, else one. gpu_memory: GiB of the GPU to
     plan for; None takes the smallest of this host. launcher: the accelerate file that the run will start with.
-    gpu_share: of a GPU for each training, where folds are trained in parallel on all GPUs; None where they are not.
+    gpu_share: of a GPU for each training, where folds are trained in parallel on all GPUs; None if they are not.
     """
     gpus = find_gpus()
     ranks = ranks or (launcher.ranks if launcher else 1)

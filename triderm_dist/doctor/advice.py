@@ -49,15 +49,15 @@ def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
 
 
 def canvas_of(data: DataConfig) -> tuple[int, int] | None:
-    """Return width and height of photos that are packed by these settings; None where they keep their size."""
+    """Return width and height of photos that are packed by these settings; None if they keep their size."""
     return (round(data.short_side * 4 / 3), data.short_side) if data.short_side else None
 
 
 def fitting_settings(experiment: Experiment, signature: Signature, memory: float) -> list[str] | None:
-    """Return the settings with which a step of each model fits into `memory` bytes of a GPU, [] where it does as it is.
+    """Return the settings with which a step of each model fits into `memory` bytes of a GPU, [] if it does as it is.
 
     The largest micro-batch counts, with activation checkpointing only where not even the smallest fits without; None
-    where it does not fit with either.
+    if it does not fit with either.
     """
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 

@@ -203,7 +203,7 @@ def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, c
 
 
 def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequence[Gpu]) -> Need | None:
-    """Estimate the need of a model; None where it reads a cache, and where no peak FLOP/s is known."""
+    """Estimate the need of a model; None if it reads a cache, and where no peak FLOP/s is known."""
     model = experiment.models[name]
     if model.tower.cached or imported("torch") is None or imported("timm") is None:
         return None

@@ -23,7 +23,7 @@ class Finding:
 
 
 def imported(name: str) -> Any:
-    """Import a module; None where it is not installed or its import fails."""
+    """Import a module; None if it is not installed or its import fails."""
     try:
         return importlib.import_module(name)
     except Exception:  # a broken installation raises anything, such as OSError for a shared library

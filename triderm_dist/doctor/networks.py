@@ -167,7 +167,7 @@ def _init(name: str, model: ModelConfig) -> list[Finding]:
 
 
 def _hub_problem() -> str | None:
-    """Return why the Hugging Face hub cannot be reached from this machine; None where it may be."""
+    """Return why the Hugging Face hub cannot be reached from this machine; None if it may be."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE forbids a download"
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):

@@ -103,7 +103,7 @@ def check_members(experiment: Experiment) -> None:
 def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:
     """Return a note where a training may not find the disk space that it needs.
 
-    Raises InputError where it certainly will not: where not even half of the estimate is free.
+    Raises InputError if it certainly will not: if not even half of the estimate is free.
     """
     test = str(experiment.test_shards)
     try:
@@ -189,7 +189,7 @@ def _check_truth_file(experiment: Experiment) -> None:
 def match_truth(path: str, task: Task, lesion_ids: Iterable[str]) -> tuple[dict[str, int], list[str]]:
     """Return the label of each lesion of a table with the ground truth of a test set, and a note on other lesions.
 
-    Raises DataError for an invalid table, and where a lesion of the test set has no label.
+    Raises DataError for an invalid table, and if a lesion of the test set has no label.
     """
     truth = reader_of(task).labels(Path(path), task)
     names = [str(name) for name in lesion_ids]

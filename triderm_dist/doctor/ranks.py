@@ -45,7 +45,7 @@ MAX_NAMED_HOSTS = 6
 class RankReport:
     """The state of one rank.
 
-    shards: number of lesions and fingerprint, or where they are not `readable` the reason; empty where nothing is
+    shards: number of lesions and fingerprint, or if they are not `readable` the reason; empty if nothing is
     packed yet. gpus: of its host. problems: findings of its host that are not ok, from local rank 0 only.
     """
 
@@ -81,7 +81,7 @@ def check_ranks(experiment: Experiment, seconds: float) -> tuple[Rendezvous, lis
 
 
 class Rendezvous:
-    """The key-value store at MASTER_ADDR:MASTER_PORT. Raises InputError where it cannot be reached."""
+    """The key-value store at MASTER_ADDR:MASTER_PORT. Raises InputError if it cannot be reached."""
 
     def __init__(self, seconds: float) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every wait that times out prints a warning
@@ -121,7 +121,7 @@ class Rendezvous:
         return self.receive(key, seconds)
 
     def receive(self, key: str, seconds: float) -> Any:
-        """Wait for a value that rank 0 sets. Raises InputError where it does not come."""
+        """Wait for a value that rank 0 sets. Raises InputError if it does not come."""
         try:
             self.store.wait([key], timedelta(seconds=seconds))
             return self._get(key)
@@ -309,7 +309,7 @@ Namer = Callable[[Iterable[int]], str]
 
 
 def _differing(values: Mapping[int, str], named: Namer) -> str:
-    """Name the ranks whose value differs from that of rank 0, with the values; empty where none does."""
+    """Name the ranks whose value differs from that of rank 0, with the values; empty if none does."""
     groups: dict[str, list[int]] = {}
     for rank, value in values.items():
         groups.setdefault(value, []).append(rank)

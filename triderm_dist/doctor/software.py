@@ -146,7 +146,7 @@ def compiler() -> Finding:
 
 
 def compiler_finding(program: str | None, header: Path | None) -> Finding:
-    """Judge the C compiler and Python's header; None where there is none."""
+    """Judge the C compiler and Python's header; None if there is none."""
     if program and header:
         return Finding("C compiler", f"{program} with {header}, for torch.compile")
     lacking = " and ".join([*([] if program else ["a C compiler"]), *([] if header else ["Python.h"])])
@@ -167,7 +167,7 @@ def architectures(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def architecture_finding(name: str, capability: tuple[int, int], built: Sequence[str], cuda: str) -> Finding | None:
-    """Report a GPU that torch has no kernels for; None where it has some, or where it does not tell (`built` empty).
+    """Report a GPU that torch has no kernels for; None if it has some, or where it does not tell (`built` empty).
 
     built: as torch.cuda.get_arch_list returns it. sm_XY runs on devices of the same major version X and a minor version
     from Y on, compute_XY on all from X.Y on, as NVIDIA's guide to CUDA says.

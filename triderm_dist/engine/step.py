@@ -38,7 +38,7 @@ class StepInputs:
     """Everything that differs between two optimizer steps of a training, except for the learning rates.
 
     keys: of the dropout masks of each micro-batch (`LesionMasks.draw`).  number: of the step, counted from 1.
-    previous: the loss sums of the step before, None where the loss does not use them.
+    previous: the loss sums of the step before, None if the loss does not use them.
     """
 
     micro_batches: list[Batch]

@@ -57,7 +57,7 @@ class TrainedNetwork:
 
     @property
     def config(self) -> ModelConfig:
-        """The settings of the network. Raises ConfigError where this version, or a missing plugin, refuses them."""
+        """The settings of the network. Raises ConfigError if this version, or a missing plugin, refuses them."""
         try:
             return build(ModelConfig, self.info["model"])
         except ConfigError as error:

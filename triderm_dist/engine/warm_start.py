@@ -42,7 +42,7 @@ def find_networks(init: str, model: str, setting: str = "init") -> list[TrainedN
     """Return the networks that `models.NAME.init` names: a single one, a model's refit if it has one, or all its folds.
 
     model: the one to take where `init` names a run of several.  setting: of that model, for messages. Raises
-    ConfigError where there is none, or it is not clear which.
+    ConfigError if there is none, or it is not clear which.
     """
     path = _path(init)
     key = f"models.{model}.{setting}: {init}"

@@ -33,7 +33,7 @@ def fit_alignments(parts: Sequence[Predictions]) -> dict[str, Alignment]:
     """Fit an alignment for each fold model, by the hash of its weights.
 
     parts: the predictions of one fold model each, all for the same lesions; the first part of a model is the
-    reference of its other parts. Raises DataError where parts hold different lesions.
+    reference of its other parts. Raises DataError if parts hold different lesions.
     """
     from scipy.linalg import orthogonal_procrustes
 
@@ -60,7 +60,7 @@ def fit_alignments(parts: Sequence[Predictions]) -> dict[str, Alignment]:
 def aligned_rows(table: OofTable, models: Sequence[str], alignments: Mapping[str, Alignment]) -> np.ndarray:
     """Align the out-of-fold features of the models, each row by the network that predicted it: (N, sum of D) float32.
 
-    Raises DataError where a network has no alignment, since it has not predicted the test set.
+    Raises DataError if a network has no alignment, since it has not predicted the test set.
     """
     blocks = []
     for model in models:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 def run_in_child(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call `function` in a child process, so that all memory of XGBoost is released afterwards, also on the GPU.
 
-    Raises InputError where that process is killed.
+    Raises InputError if that process is killed.
     """
     set_passive_openmp()  # read when the child loads OpenMP
     context = get_context("forkserver")  # further children of the same program start at once

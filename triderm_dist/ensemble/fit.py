@@ -76,7 +76,7 @@ class Fit:
 def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     """Fit stacker and ensemble on RUN/oof.parquet, estimate them nested over folds, write the files named above.
 
-    Raises ConfigError for a stacker that does not exist, and DataError where the table is unusable: fewer than two
+    Raises ConfigError for a stacker that does not exist, and DataError if the table is unusable: fewer than two
     folds, or no lesion that every member has predicted.
     """
     run_folder = Path(run_folder)

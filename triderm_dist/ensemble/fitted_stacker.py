@@ -36,7 +36,7 @@ def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
     """Return the class that `stack.kind` names and its settings.
 
     Raises ConfigError for an unknown kind, for settings that it does not have, and for settings of another kind;
-    MissingPackage where it is enabled and a package that it needs is not installed.
+    MissingPackage if it is enabled and a package that it needs is not installed.
     """
     if config.kind not in STACKERS:
         raise ConfigError(
@@ -172,7 +172,7 @@ class FittedStacker:
     @staticmethod
     def load(path: Path) -> FittedStacker:
         """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`;
-        MissingPackage where a package that it needs to predict is not installed.
+        MissingPackage if a package that it needs to predict is not installed.
         """
         description = read_json(path, FORMAT, VERSION, _StackerKeys)
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
@@ -222,7 +222,7 @@ def fit_stacker(
     """Fit a stacker of `config.kind` on `config.max_rows` of the rows; wide columns are first reduced to
     `config.components` (in memory only).
 
-    cores, fold_stackers: see `Stacker.fit`. Raises DataError where fewer than two diagnoses have rows.
+    cores, fold_stackers: see `Stacker.fit`. Raises DataError if fewer than two diagnoses have rows.
     """
     kind, settings = stacker_kind(config)
     present = np.isin(np.arange(len(rows.diagnoses)), rows.labels)

@@ -67,7 +67,7 @@ FILES = {
 def write_card(config: Experiment) -> Path:
     """Write the model card of a stacked run, atomically.
 
-    Raises DataError where a file that triderm stack wrote is missing.
+    Raises DataError if a file that triderm stack wrote is missing.
     """
     path = config.folder / CARD_FILE
     write_text(path, card_text(config))

@@ -55,7 +55,7 @@ def submit(run_folder: Path, test_files: Sequence[Path], folder: Path | None = N
     folder: for the files, by default RUN. They are `result_files`, the files of `write_probabilities`,
     probabilities.parquet with those of the members, and predictions.parquet: one row per lesion and model, the mean
     over folds and transforms. Lesions are predicted `LESIONS` at once, or all where the files differ in their order or
-    the stacker takes embeddings. Returns the paths of `result_files`. Raises DataError where the files hold different
+    the stacker takes embeddings. Returns the paths of `result_files`. Raises DataError if the files hold different
     lesions or the ensemble needs another model.
     """
     folder = folder or run_folder
@@ -95,7 +95,7 @@ def score(
 
     macro_f1 is over the diagnoses in the truth, which `diagnoses` counts. `absent` names the others: a challenge's
     scorer has no score then.
-    partial: score the lesions with a truth only. folder: of the results, by default RUN. Raises DataError where a
+    partial: score the lesions with a truth only. folder: of the results, by default RUN. Raises DataError if a
     lesion of the results has no truth.
     """
     folder = folder or run_folder
@@ -147,7 +147,7 @@ class FittedEnsemble:
 
     @classmethod
     def load(cls, run_folder: Path) -> FittedEnsemble:
-        """Read ensemble.json. Raises DataError where it is missing."""
+        """Read ensemble.json. Raises DataError if it is missing."""
         return cls(run_folder, Ensemble.load(run_folder / ENSEMBLE_FILE))
 
     @property
@@ -161,7 +161,7 @@ class FittedEnsemble:
 
     @cached_property
     def stacker(self) -> FittedStacker | None:
-        """None where it is not a member. Raises DataError where stack.json is missing."""
+        """None if it is not a member. Raises DataError if stack.json is missing."""
         return FittedStacker.load(self.folder / STACK_FILE) if STACKER in self.members else None
 
     def predict(
@@ -171,7 +171,7 @@ class FittedEnsemble:
         (M, N, C).
 
         table: `predictions.average_test` of `parts`, the predictions of every fold model.  embeddings: see
-        `stacker_columns`. Raises DataError where this was fitted for another task or on other models, weights or
+        `stacker_columns`. Raises DataError if this was fitted for another task or on other models, weights or
         columns.
         """
         check_task(self.folder, table.task)

@@ -105,7 +105,7 @@ class _HeldOutKeys(BaseModel):
 
 
 def read_held_out(folder: Path) -> dict[str, Any] | None:
-    """Return the score of a test set in heldout.json, None where it was not scored.
+    """Return the score of a test set in heldout.json, None if it was not scored.
 
     Raises DataError naming the file.
     """

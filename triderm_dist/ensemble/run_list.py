@@ -39,9 +39,9 @@ class RunSummary:
 
 
 def find_runs(folder: Path) -> list[RunSummary]:
-    """Return the runs in a folder, or the folder itself where it is one, the best first.
+    """Return the runs in a folder, or the folder itself if it is one, the best first.
 
-    Raises DataError where there is no such folder.
+    Raises DataError if there is no such folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name the one that holds your runs")

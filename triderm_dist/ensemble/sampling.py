@@ -55,7 +55,7 @@ def shares_of(counts: np.ndarray, most: int) -> np.ndarray:
 def on_all_cores(work: Callable[[_Item], _Result], items: Iterable[_Item], lesions: int) -> list[_Result]:
     """Return the results of `work` on the items, in their order.
 
-    Threads share the items where there are more than `SEARCH_LESIONS` lesions; shorter arrays gain nothing from them.
+    Threads share the items if there are more than `SEARCH_LESIONS` lesions; shorter arrays gain nothing from them.
     """
     pool = ThreadPoolExecutor(openmp_threads() if lesions > SEARCH_LESIONS else 1)
     try:

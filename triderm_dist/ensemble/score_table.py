@@ -48,7 +48,7 @@ class Row:
     """Macro F1 of one member or weighting on the out-of-fold lesions, by how decisions are made.
 
     official: p > 0.5, nothing fitted (members and their plain mean).  argmax: the most probable diagnosis, with
-    weights and temperatures of the other folds where there are any.  argmax_tau: the same after logit adjustment with
+    weights and temperatures of the other folds if there are any.  argmax_tau: the same after logit adjustment with
     tau fitted on the other folds (networks only).  fitted: thresholds fitted on the lesions they are scored on, so too
     high.  nested: everything fitted on the other folds.  ensemble_minus_this: paired difference of nested scores.
     """
@@ -80,7 +80,7 @@ class Row:
         )
 
     def cells(self) -> dict[str, str]:
-        """Return the text of each of `COLUMNS`, empty where there is no value."""
+        """Return the text of each of `COLUMNS`, empty if there is no value."""
         scores = {key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")}
         _, low, high = self.ensemble_minus_this.signed()
         return {

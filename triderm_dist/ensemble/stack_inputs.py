@@ -34,7 +34,7 @@ def stacker_columns(
     """Return the (N, F) columns of the lesions of an out-of-fold table, or of a test set with its `parts`.
 
     extra: the wide block at the end of each row, one of `stack.extra`, or "" for none.  embeddings: (N, E) of the
-    lesions; None reads them from the run. Raises DataError where the block's file is missing or belongs to other data.
+    lesions; None reads them from the run. Raises DataError if the block's file is missing or belongs to other data.
     """
     columns = base_columns(table, models)
     is_test = bool((table.folds == NO_FOLD).all())

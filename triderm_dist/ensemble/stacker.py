@@ -26,7 +26,7 @@ class TrainingRows:
     labels: (n,) int64 in [0, C).  groups: (n,) text; rows of one group (a patient) belong together where rows are
     split.  names: of the columns.  diagnoses: C names.  wide: how many columns at the end belong to the block `extra`;
     `names` leaves them out. A stacker's `fit` always gets wide = 0: wide columns are reduced before.  weights: (n,)
-    how many lesions each row stands for; None where the rows are no sample.
+    how many lesions each row stands for; None if the rows are no sample.
     """
 
     source: Columns
@@ -74,7 +74,7 @@ class TrainingRows:
         )
 
     def sample(self, most: int | None, seed: int) -> TrainingRows:
-        """Return the rows, or where they are more than `most` a sample of them with their weights, in memory.
+        """Return the rows, or if they are more than `most` a sample of them with their weights, in memory.
 
         Of each diagnosis it holds a number in proportion to the square root of that of its rows, or all: as many of the
         rare ones as a fit can use.

@@ -155,7 +155,7 @@ def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _ratio(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return (N, C) p / threshold, 0 where the threshold is `NEVER`."""
+    """Return (N, C) p / threshold, 0 if the threshold is `NEVER`."""
     return np.where(thresholds < NEVER, probabilities / thresholds, 0.0)
 
 
@@ -199,7 +199,7 @@ def _running_sums(weights: np.ndarray) -> np.ndarray:
 
 
 def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return the middle of two scores, strictly below the upper one even where they are adjacent floats."""
+    """Return the middle of two scores, strictly below the upper one even if they are adjacent floats."""
     middle = (above + below) / 2
     return np.where(middle < above, middle, below)
 

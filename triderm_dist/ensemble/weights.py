@@ -132,7 +132,7 @@ class Choice:
 
     used: a weighting.  ensemble: the weighting of the ensemble, `mean` or `fitted`.  network: the best one.  scores:
     nested macro F1 by weighting.  difference: nested macro F1 of the ensemble minus that of the network.  stacker:
-    minus that of the stacker, if there is one.  counted: nested macro F1 of this choice where it is made in each fold
+    minus that of the stacker, if there is one.  counted: nested macro F1 of this choice if it is made in each fold
     on the other folds too.
     """
 

@@ -87,7 +87,7 @@ class XGBoostStacker(Stacker):
         """Fit on all of the rows, with the median number of rounds of `fold_stackers`.
 
         Without them, the number is found first: a booster on four fifths of the rows (groups kept together, stratified)
-        stops when the other fifth no longer improves. Raises DataError where the device does not exist.
+        stops when the other fifth no longer improves. Raises DataError if the device does not exist.
         """
         device = device_of(settings, len(rows) * rows.width, rows.in_memory)
         threads = threads_for(len(rows), rows.width, cores)
@@ -223,7 +223,7 @@ def threads_for(rows: int, columns: int, cores: int) -> int:
 def import_xgboost_alone() -> None:
     """Import xgboost without scikit-learn, which takes a second, and without its estimators in this process.
 
-    Does nothing where one of them is imported already, or xgboost is not installed.
+    Does nothing if one of them is imported already, or xgboost is not installed.
     """
     if {"sklearn", "xgboost"} & set(sys.modules):
         return

@@ -101,7 +101,7 @@ class PredictionJob:
         return pa.concat_tables(tables), problems, changes
 
     def read(self, number: int) -> tuple[pa.Table, list[Problem], Counter[str]] | None:
-        """Return a finished chunk, None where it is absent, damaged or of another job."""
+        """Return a finished chunk, None if it is absent, damaged or of another job."""
         try:
             table = read_checked_parquet(self._path(number))
             about = json.loads(table.schema.metadata[_KEY])

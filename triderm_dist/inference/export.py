@@ -43,7 +43,7 @@ def export_run(
     all members of the ensemble, and all folds.  license_name: the hub's identifier of the license, in the metadata of
     `hub`.  report: gets lines on what was written.
 
-    Raises InputError where the run is incomplete, the output exists, or a network's file does not compute what the
+    Raises InputError if the run is incomplete, the output exists, or a network's file does not compute what the
     network computes.
     """
     if output.exists():

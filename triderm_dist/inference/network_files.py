@@ -43,7 +43,7 @@ def write_network(path: Path, network: ExportedNetwork, kind: str) -> float:
     """Write a network as `kind` of `SUFFIXES`, compare the file with PyTorch, return the largest difference.
 
     The difference is |a - b| / max(1, |b|) over all outputs of `BATCHES` of random lesions with missing values. Raises
-    InputError, without leaving a file, where it is over `TOLERANCE` or the network cannot be exported.
+    InputError, without leaving a file, if it is over `TOLERANCE` or the network cannot be exported.
     """
     write, read = (_write_onnx, _read_onnx) if kind == "onnx" else (_write_program, _read_program)
     try:

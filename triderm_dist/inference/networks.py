@@ -82,7 +82,7 @@ class LoadedModel:
     """The networks of one model, one a fold, in evaluation mode.
 
     encoders: by view, what the networks of all folds have in common at the input: a frozen tower, or the frozen blocks
-    of a tower; empty where nothing is. The networks take its output instead of pixels.  dtype: of autocast, None
+    of a tower; empty if nothing is. The networks take its output instead of pixels.  dtype: of autocast, None
     for none.
     """
 
@@ -124,7 +124,7 @@ class NetworkLoader:
         """Load the networks of a model.
 
         share: split off what all folds have in common, at the input of each view; else every network takes pixels.
-        Raises InputError where weights are missing, damaged or of another architecture.
+        Raises InputError if weights are missing, damaged or of another architecture.
         """
         run, views = self.run, self.run.signature.views
         config, trained = run.experiment.models[name], run.networks[name]
@@ -149,9 +149,9 @@ class NetworkLoader:
         return LoadedModel(name, config, trained, Preprocessing.of(tower), networks, encoders, dtype)
 
     def load_embedding(self) -> Embedding | None:
-        """Return the tower whose embeddings the stacker reads, None where it reads none.
+        """Return the tower whose embeddings the stacker reads, None if it reads none.
 
-        Raises DataError where no model of the run has it.
+        Raises DataError if no model of the run has it.
         """
         stacker = self.run.fitted.stacker
         if stacker is None or stacker.extra != "embeddings":
@@ -173,9 +173,9 @@ class NetworkLoader:
                 tower.prepare(report)
 
     def recorded(self, name: str) -> TowerRecord | None:
-        """Return the tower of a model's folds, None where they were trained before towers were recorded.
+        """Return the tower of a model's folds, None if they were trained before towers were recorded.
 
-        Raises DataError where they were trained on different ones.
+        Raises DataError if they were trained on different ones.
         """
         towers = {fold_tower(each.folder, each.info) for each in self.run.networks[name]} - {None}
         if len(towers) > 1:
@@ -183,7 +183,7 @@ class NetworkLoader:
         return towers.pop() if towers else None
 
     def tower(self, config: ModelConfig, recorded: TowerRecord | None) -> tuple[TowerRecord, FrozenTower | None]:
-        """Return the record of a model's tower, and the tower with its weights where it is frozen."""
+        """Return the record of a model's tower, and the tower with its weights if it is frozen."""
         dtype = config.tower.token_dtype
         if recorded and config.tower.frozen and (recorded.name, dtype) in self._frozen:
             return recorded, self._frozen[recorded.name, dtype]
@@ -200,7 +200,7 @@ class NetworkLoader:
 
 
 def split_common(networks: Sequence[Network], views: Sequence[str]) -> dict[str, nn.Module]:
-    """Remove the frozen modules at the input of the networks' towers where they are equal in all, and return them.
+    """Remove the frozen modules at the input of the networks' towers if they are equal in all, and return them.
 
     Returns a module by view. Frozen blocks keep their pretrained weights, so that those of all folds are equal.
     """

@@ -71,7 +71,7 @@ class Predictor:
         precision: Precision | None = None,
         batch: int | None = None,
     ) -> None:
-        """Load all networks. Raises InputError where the run is incomplete, damaged or of another version."""
+        """Load all networks. Raises InputError if the run is incomplete, damaged or of another version."""
         self.run = run if isinstance(run, RunFolder) else open_run_folder(run)
         self.device = choose_device(device)
         self.batch = batch or self.run.experiment.predict.batch

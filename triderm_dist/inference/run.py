@@ -152,7 +152,7 @@ class Run:
 
         Returns the columns lesion_id, one per diagnosis, decision, and MEMBER/DIAGNOSIS of every member. Warns of what
         is missing for all lesions, of columns that are not used, and of lesions that were left out. Raises InputError
-        for a table, row or photo that cannot be used, and where pandas is not installed.
+        for a table, row or photo that cannot be used, and if pandas is not installed.
         """
         require("predict_table", "pandas")
         folder = None if photos is None else Path(photos).expanduser()
@@ -187,7 +187,7 @@ class Run:
         """Return the attention maps of one lesion by tri-modal model, the mean over its networks.
 
         The arguments are those of `predict`. `triderm_dist.report.attention.draw_attention` draws them. Raises
-        InputError as `predict` does, and where no network of the run is tri-modal.
+        InputError as `predict` does, and if no network of the run is tri-modal.
         """
         photos = self._one_lesion({"clinical": clinical, "dermoscopic": dermoscopic}, concepts, lesion_id, fields)
         maps = self.predictor.attention(photos)
@@ -227,7 +227,7 @@ class Run:
     ) -> None:
         """Write the run as a zip file or a folder for the hub, or its networks as ONNX or torch.export files.
 
-        See `triderm export --help`. Raises InputError where the output exists, or a file would not be exact.
+        See `triderm export --help`. Raises InputError if the output exists, or a file would not be exact.
         """
         from triderm_dist.inference.export import export_run
 
@@ -346,7 +346,7 @@ class Run:
 
     @cached_property
     def _seen(self) -> list[np.ndarray | None]:
-        """The different values of each field that the run was trained on; None where it does not record them."""
+        """The different values of each field that the run was trained on; None if it does not record them."""
         return read_seen(self.folder, self.fields)
 
 
@@ -393,7 +393,7 @@ def _text(value: Any) -> str:
 
 
 def _size(photo: Photo) -> tuple[int, int] | None:
-    """Return (width, height) of a photo from its header, None where it has none that can be read."""
+    """Return (width, height) of a photo from its header, None if it has none that can be read."""
     if isinstance(photo, Image.Image):
         return photo.size
     try:

@@ -19,7 +19,7 @@ VALUES_FILE = "field_values.json"
 
 
 def read_seen(folder: Path, fields: Sequence[MetadataField]) -> list[np.ndarray | None]:
-    """Return the different values of each field in ascending order; None where the run does not record them."""
+    """Return the different values of each field in ascending order; None if the run does not record them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

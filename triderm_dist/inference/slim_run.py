@@ -43,7 +43,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 def write_slim_run(run: RunFolder, folder: Path) -> None:
     """Write the slim run into an empty folder, and check that its networks are those that the ensemble was fitted on.
 
-    What a run of an earlier version does not record (towers, sizes of photos) is added. Raises DataError where a file
+    What a run of an earlier version does not record (towers, sizes of photos) is added. Raises DataError if a file
     is missing or does not belong to the others.
     """
     write_seen(folder, run.task.fields, read_seen(run.path, run.task.fields))

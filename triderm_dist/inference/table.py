@@ -149,7 +149,7 @@ def _read_folder(
 
 
 def _find_table(folder: Path, task: Task) -> Path | None:
-    """Return the table in a folder that names photos, None where there is none. Raises DataError for several."""
+    """Return the table in a folder that names photos, None if there is none. Raises DataError for several."""
     found = []
     for path in find_tables(folder):
         try:
@@ -273,7 +273,7 @@ def table_of_frame(frame: pd.DataFrame) -> Table:
 
 
 def _photo_columns(find: Callable[[str], str | None], task: Task) -> dict[str, str] | None:
-    """Return the column of each view's photos, {"": column} where a row is a photo, None where no column has photos.
+    """Return the column of each view's photos, {"": column} where a row is a photo, None if no column has photos.
 
     find: the column of a name in lower case, as the header spells it.
     """
@@ -396,7 +396,7 @@ class _Reading:
         return views
 
     def _group(self, views: Sequence[str | None] | None) -> dict[str, dict[str, int]]:
-        """Return the row of each lesion by view, or by "" where a row is a lesion."""
+        """Return the row of each lesion by view, or by "" if a row is a lesion."""
         rows: dict[str, dict[str, int]] = {}
         for row, lesion_id in enumerate(self.ids):
             view = "" if views is None else views[row]
@@ -423,7 +423,7 @@ class _Reading:
         return found
 
     def _photo(self, cell: str, row: int) -> str | None:
-        """Return the path of a photo, None where the cell is empty."""
+        """Return the path of a photo, None if the cell is empty."""
         if is_missing(cell, self.task.missing_words):
             return None
         for folder in self.folders:
@@ -457,7 +457,7 @@ class _Reading:
         return self._parsed(column, lambda text: parse_field(about, text, self.task.missing_words))
 
     def _scores(self, by_row: bool) -> list[tuple[str, np.ndarray]]:
-        """Return (view, scores of the rows (R,)) of each concept; the view is "" where a row is a lesion."""
+        """Return (view, scores of the rows (R,)) of each concept; the view is "" if a row is a lesion."""
         prefix = self.task.concepts.prefix or ""
         parsed: dict[str, np.ndarray] = {}
         found, absent = [], []

@@ -84,7 +84,7 @@ def build_towers(config: TowerConfig, views: Sequence[str] = VIEWS, tower: Tower
 def build_network(config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> Network:
     """Build the network of `config.kind` for a task, on towers (pixels in) or on tokens of a given shape.
 
-    towers: as `build_towers` returns them for `signature.views`. Raises ConfigError as `check_network` does, and where
+    towers: as `build_towers` returns them for `signature.views`. Raises ConfigError as `check_network` does, and if
     the task has nothing of what the network is to use (`config.use`).
     """
     check_network(config)

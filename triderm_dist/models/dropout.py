@@ -172,7 +172,7 @@ class LesionMasks:
                 module.keep = torch.tensor(1 - module.p, device=device)
 
     def draw(self, batch: Batch) -> Tensor | None:
-        """Draw the keys of the lesions of `batch`, (names x B,) int64 on the host; None where nothing is dropped or the
+        """Draw the keys of the lesions of `batch`, (names x B,) int64 on the host; None if nothing is dropped or the
         batch has no `draws`.
         """
         if batch.draws is None or not self.modules:

@@ -59,7 +59,7 @@ class ViewLogits(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """One of the towers of a joined one. record: its `TowerRecord`, as JSON has it.  about: what `build_logits` builds
+    """One of the towers of a joined one. record: its `TowerRecord`, as JSON values.  about: what `build_logits` builds
     `logits` from.
     """
 
@@ -142,7 +142,7 @@ class JoinedTower(Tower):
 
 
 def about_logits(config: ModelConfig, task: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
-    """Return, as JSON has it, what `build_logits` builds the auxiliary heads of a trained network from."""
+    """Return, as JSON values, what `build_logits` builds the auxiliary heads of a trained network from."""
     model = config.model_dump(mode="json", exclude=set(NOT_OF_NETWORK))
     return {"model": model, "task": dict(task), "concepts": list(concepts)}
 

@@ -67,7 +67,7 @@ class Network(nn.Module, ABC):
     the task that `config.use` does not leave out.  token_shape: of the tokens that `fuse` gets.  settings: an instance
     of `Settings`.
 
-    Raises ConfigError where the task has nothing of what the network is to use.
+    Raises ConfigError if the task has nothing of what the network is to use.
     """
 
     Settings: ClassVar[type[Section]] = Section

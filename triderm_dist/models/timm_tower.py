@@ -106,7 +106,7 @@ def _fill(model: nn.Module, name: str, file: Path) -> str:
 def split_model(model: Any, name: str, spec: InputSpec, image_size: int | None, report: str) -> Tower:
     """Split a timm model into stem, blocks and tail, at an input side of `image_size` (None: the model's own).
 
-    Checks on random pixels that the parts, one after the other, compute the model's features. Raises InputError where
+    Checks on random pixels that the parts, one after the other, compute the model's features. Raises InputError if
     they do not.
     """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]

@@ -75,7 +75,7 @@ class Tower(nn.Module):
     first `prefix_tokens` (class, registers) are dropped, or an NCHW or NHWC map, which is read row by row.
     input_shape: of one photo's pixels, or of what `skip_frozen` makes the tower take.
     architecture: text that identifies the function apart from its tensors, part of `tower_hash`.  description: what
-    `TowerSource.rebuild` builds the same architecture from, as JSON has it.  report: one line on the loaded weights and
+    `TowerSource.rebuild` builds the same architecture from, as JSON values.  report: one line on the loaded weights and
     their source.
     """
 
@@ -134,7 +134,7 @@ class Tower(nn.Module):
         """Drop the residual branches of a lesion at random in training (stochastic depth, Huang et al. 2016).
 
         The probability rises linearly over the residual units, from 0 in the first to `rate` in the last one. Raises
-        ConfigError where the blocks have no residual branch that can be dropped.
+        ConfigError if the blocks have no residual branch that can be dropped.
         """
         from timm.layers import DropPath
 
@@ -263,7 +263,7 @@ class TowerSource:
     missing, do not fill the tower or belong to another architecture.  locate: finds the weights from NAME and
     `pretrained` without loading or downloading them; raises InputError where they cannot be found.  rebuild: makes the
     architecture with random weights from a tower's `description` and an image size, without any file or network, for
-    trained networks; None where `build` without `pretrained` needs neither.
+    trained networks; None if `build` without `pretrained` needs neither.
     """
 
     form: str

@@ -108,7 +108,7 @@ class TowerRecord:
     def build(self) -> Tower:
         """Build the tower with random weights. Needs no file and no network.
 
-        Raises CheckpointError where the installed libraries build another architecture, ConfigError where a plugin's
+        Raises CheckpointError if the installed libraries build another architecture, ConfigError if a plugin's
         source is unknown.
         """
         source, name = parse_source(self.source)
@@ -137,7 +137,7 @@ class TowerRecord:
         return JoinedTower(parts)
 
     def json(self) -> dict[str, Any]:
-        """Return the record as JSON has it; `from_json` reads it."""
+        """Return the record as JSON values; `from_json` reads it."""
         return asdict(self)
 
 
@@ -152,7 +152,7 @@ def save_tower(folder: Path, record: TowerRecord, tower: Tower | None) -> None:
 
 
 def read_tower(folder: Path, name: str) -> TowerRecord:
-    """Read FOLDER/NAME.json. Raises CheckpointError where it is missing, damaged or of another version."""
+    """Read FOLDER/NAME.json. Raises CheckpointError if it is missing, damaged or of another version."""
     path = folder / f"{name}.json"
     try:
         content = read_checked_json(path)
@@ -177,7 +177,7 @@ def find_tower(folder: Path, config: TowerConfig, frozen: bool) -> TowerRecord |
 def load_tower(folder: Path, record: TowerRecord) -> Tower:
     """Build a frozen tower with the weights in FOLDER/NAME.safetensors, in evaluation mode.
 
-    Raises CheckpointError where they are missing, damaged or not those of the record, and as `TowerRecord.build` does.
+    Raises CheckpointError if they are missing, damaged or not those of the record, and as `TowerRecord.build` does.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -201,7 +201,7 @@ def load_tower(folder: Path, record: TowerRecord) -> Tower:
 
 
 def _settings(config: TowerConfig) -> dict[str, Any]:
-    """Return the settings that decide which tower is built, and of its photos the frame where it is not a square,
+    """Return the settings that decide which tower is built, and of its photos the frame if it is not a square,
     which was the only one once: names of records are hashes of them.
     """
     settings = config.model_dump(include={"source", "pretrained", "image_size", "quick_gelu"})

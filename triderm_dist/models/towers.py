@@ -91,7 +91,7 @@ def build_tower(
     pretrained: False builds the architecture with random weights.  image_size: in pixels; positions are resampled to
     it.  quick_gelu: overrides an open_clip config, which may lack this setting; the weights do not show it.
 
-    Raises CheckpointError where weights are missing, do not fill the tower or belong to another architecture,
+    Raises CheckpointError if weights are missing, do not fill the tower or belong to another architecture,
     InputError or ConfigError for a source that is unknown or cannot be reached.
     """
     kind, name = parse_source(source)
@@ -102,7 +102,7 @@ def build_tower(
 def locate_weights(source: str, pretrained: bool = True) -> WeightsLocation:
     """Find the files that a tower will be loaded from, without loading or downloading anything.
 
-    Raises InputError where it is not on this machine and cannot be downloaded either, or the source is unknown.
+    Raises InputError if it is not on this machine and cannot be downloaded either, or the source is unknown.
     """
     kind, name = parse_source(source)
     description, is_local = kind.locate(name, pretrained)

@@ -26,7 +26,7 @@ class Attention(NamedTuple):
 
     dermoscopic: of the pooling query over the fused tokens, one for each dermoscopic patch.  clinical: over the
     clinical patches, through view alignment; of the pooling query where the task has no dermoscopic view.  semantic:
-    over `SemanticTokens.names`, through semantic gating. None where the network does not have the stage or the view.
+    over `SemanticTokens.names`, through semantic gating. None if the network does not have the stage or the view.
     """
 
     dermoscopic: Tensor | None

@@ -45,7 +45,7 @@ def read_weights(file: Path) -> State:
     """Read the tensors of a safetensors or PyTorch file by name, from all parts of a sharded one.
 
     They are taken out of `WRAPPERS`, and their names lose what wrappers of modules add: `module.` and `model.` in front
-    of all of them, `_orig_mod.` of `torch.compile`. Raises CheckpointError where the file is missing, is something
+    of all of them, `_orig_mod.` of `torch.compile`. Raises CheckpointError if the file is missing, is something
     else, would run code when unpickled, or holds several versions of the weights, such as an average (EMA).
     """
     parts = _parts(file)
@@ -181,9 +181,9 @@ def _unwrapped(content: object, file: Path) -> State:
 
 
 def _inner(content: Mapping[Any, Any], file: Path) -> Mapping[Any, Any] | None:
-    """Return the part of a checkpoint that holds the weights; None where the checkpoint itself does.
+    """Return the part of a checkpoint that holds the weights; None if the checkpoint itself does.
 
-    Raises CheckpointError where parts differ in the values of the same tensors, or any could be meant.
+    Raises CheckpointError if parts differ in the values of the same tensors, or any could be meant.
     """
     parts = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping)}
     states = {key: state for key, value in parts.items() if (state := _state_in(value))}
@@ -235,7 +235,7 @@ def _tensors(content: object) -> Iterator[tuple[str, Tensor]]:
 def hub_file(repository: str, names: Sequence[str]) -> Path:
     """Return the first of `names` that a Hugging Face repository holds, from the local cache or downloaded.
 
-    Raises InputError where the hub cannot be reached or the repository is unknown or gated, CheckpointError where it
+    Raises InputError if the hub cannot be reached or the repository is unknown or gated, CheckpointError if it
     holds none of the names.
     """
     from huggingface_hub import hf_hub_download
@@ -283,7 +283,7 @@ def _cached_file(repository: str, names: Sequence[str]) -> Path | None:
 def weights_in(folder: Path, preferred: Sequence[str]) -> Path:
     """Return the first of the `preferred` names in a folder, else its only weight file, or a part of it.
 
-    Raises CheckpointError where there is none, or several.
+    Raises CheckpointError if there is none, or several.
     """
     for name in preferred:
         if (folder / name).is_file():
@@ -304,7 +304,7 @@ def weights_in(folder: Path, preferred: Sequence[str]) -> Path:
 
 
 def existing(path: Path) -> Path:
-    """Return the path of a file. Raises InputError where there is none."""
+    """Return the path of a file. Raises InputError if there is none."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return path
@@ -313,7 +313,7 @@ def existing(path: Path) -> Path:
 def existing_weights(path: Path) -> Path:
     """Return the path of a weight file whose parts exist and begin like weights.
 
-    Raises InputError where there is none, CheckpointError for another kind of file.
+    Raises InputError if there is none, CheckpointError for another kind of file.
     """
     for part in _parts(existing(path)):
         _format(part)
@@ -323,7 +323,7 @@ def existing_weights(path: Path) -> Path:
 def weight_file(name: str) -> Path:
     """Return a path as it is, or for `package:PACKAGE` the only weight file in an installed Python package.
 
-    Raises CheckpointError where the package is not installed or does not hold exactly one weight file.
+    Raises CheckpointError if the package is not installed or does not hold exactly one weight file.
     """
     kind, _, package = name.partition(":")
     if kind != "package":

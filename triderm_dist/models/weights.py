@@ -20,8 +20,8 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, optional: Collection[str] = ()) -> list[str]:
     """Load `state` into all of `module`; returns the names in `state` that the module does not have.
 
-    optional: prefixes of names (heads) that may be missing on either side. Raises CheckpointError where a tensor of the
-    module is missing or has another shape, or where the file holds more of a part that the module has (another block, a
+    optional: prefixes of names (heads) that may be missing on either side. Raises CheckpointError if a tensor of the
+    module is missing or has another shape, or if the file holds more of a part that the module has (another block, a
     relative position bias): the file then belongs to another architecture.
     """
     own = {key: value for key, value in module.state_dict().items() if not _starts(key, optional)}
@@ -67,7 +67,7 @@ def without_prefix(state: State, module: nn.Module, file: Path, optional: Collec
     """Return the tensors of `module` in a state dict where they have one common prefix, and the prefix.
 
     Unchanged where the names fit as they are, or no prefix fills the module. optional: as for `fill`. Raises
-    CheckpointError where several prefixes do: the file holds several networks.
+    CheckpointError if several prefixes do: the file holds several networks.
     """
     own = [key for key in module.state_dict() if not _starts(key, optional) and not key.endswith("num_batches_tracked")]
     if not own or all(key in state for key in own):

@@ -26,7 +26,7 @@ PIXELS_PER_SECOND = 3750 * 384 * 288
 @dataclass(frozen=True)
 class Expectation:
     """memory: GiB of tensors on a GPU.  lesions_per_s: on all GPUs, at an assumed `mfu`.  cores: that decode the photos
-    of these lesions; 0 where a training reads a cache.
+    of these lesions; 0 if a training reads a cache.
     """
 
     memory: float

@@ -35,7 +35,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA GeForce RTX 4090", 165e12),
     (r"NVIDIA GeForce RTX 3090", 71e12),
 )
-"""Dense bf16 peak (fp16 where there is no bf16) in FLOP/s with fp32 sums, from NVIDIA's data sheets, by a pattern of
+"""Dense bf16 peak (fp16 if there is no bf16) in FLOP/s with fp32 sums, from NVIDIA's data sheets, by a pattern of
 the full device name, so that laptop, cut-down and partitioned (MIG) devices do not match."""
 
 

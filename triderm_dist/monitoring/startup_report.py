@@ -37,7 +37,7 @@ def report(
     network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
     start: the step that the training resumes from.  brief: only what differs between the folds of a model.
     why_precision: the reason, default that of `choose_precision`.  why_no_graph: why steps are not launched as a CUDA
-    graph; "" where they are.  expectation: None where there is none.
+    graph; "" if they are.  expectation: None if there is none.
     """
     world = accelerator.num_processes
     extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""

@@ -121,7 +121,7 @@ class Tracker:
 
 
 def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
-    """Return the class of each tracker, as `tracker_class` does, but leave out TensorBoard where it is not installed:
+    """Return the class of each tracker, as `tracker_class` does, but leave out TensorBoard if it is not installed:
     it is the default, which must not stop a training.
     """
     found = any(map(is_installed, ("tensorboard", "tensorboardX")))

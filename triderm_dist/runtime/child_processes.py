@@ -101,7 +101,7 @@ class ChildProcesses:
     def ended(self) -> list[tuple[str, Failure | None]]:
         """Print what the processes print for up to a second, or until some end; return these, and how they failed.
 
-        Raises KeyboardInterrupt where one was stopped by a signal that this process did not pass on.
+        Raises KeyboardInterrupt if one was stopped by a signal that this process did not pass on.
         """
         found = self._wait()
         if any(failure is _STOPPED for _, failure in found):
@@ -158,7 +158,7 @@ class ChildProcesses:
         return [each.process.sentinel for each in running] + [each.output for each in running if not each.output.closed]
 
     def _failure(self, name: str, running: _Running) -> Failure | None:
-        """Return how an ended process failed; None where it did not, and its result is kept."""
+        """Return how an ended process failed; None if it did not, and its result is kept."""
         running.process.join()
         try:
             kind, value, peak_mb = running.answer.recv()

@@ -17,7 +17,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def network_file_system(path: str | os.PathLike[str], mounts: Path = MOUNTS) -> str | None:
-    """Return the kind of the network file system that a path is on; None for a local one, or where it is unknown."""
+    """Return the kind of the network file system that a path is on; None for a local one, or if it is unknown."""
     kind = _kind_of_mount(os.path.realpath(path), mounts)
     return kind if kind in NETWORK else None
 

@@ -93,7 +93,7 @@ def _check_accelerate(environment: Mapping[str, str], has_ranks: bool) -> None:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    """Return the number in a variable, -1 where there is none."""
+    """Return the number in a variable, -1 if there is none."""
     value = environment.get(name, "")
     return int(value) if value.isascii() and value.isdigit() else -1
 

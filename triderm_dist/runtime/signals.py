@@ -1,6 +1,6 @@
 """Signals that stop a program: SIGTERM, SIGUSR1 and SIGHUP of schedulers and terminals, and Ctrl-C.
 
-The first asks it to stop: training saves first (`distributed.stop.Stop`), other programs end where they are. A Ctrl-C
+The first asks it to stop: training saves first (`distributed.stop.Stop`), other programs end at once. A Ctrl-C
 after that ends the process at once, also where its main thread is inside a library. A signal that is ignored when a
 program starts, as SIGHUP under nohup, stays ignored. Imports nothing heavy: handlers are needed first.
 """

@@ -38,7 +38,7 @@ class Usage:
     processes, a free core.
 
     CPU time and memory are those of all its processes, but for the workers of Ray. disk_seconds: the
-    time in which any program of the machine waited for a disk; None where the system does not tell. A program that
+    time in which any program of the machine waited for a disk; None if the system does not tell. A program that
     reports nothing has None for its waits, and at least the peak memory of its parent: Linux counts from the fork.
     """
 
@@ -58,7 +58,7 @@ class Meter:
         self._report, self._started, self._disk = report, time.perf_counter(), _disk_stalls()
 
     def wait(self, process: subprocess.Popen) -> tuple[int, Usage | None]:
-        """Wait for a process; return its exit code and usage, None where a signal handler has awaited it before."""
+        """Wait for a process; return its exit code and usage, None if a signal handler has awaited it before."""
         try:
             _, status, used = os.wait4(process.pid, 0)
         except ChildProcessError:

@@ -69,7 +69,7 @@ def _head(summary: Summary) -> Section:
 
 
 def _best(summary: Summary) -> list[Section]:
-    """Return the best settings beside the experiment's own; nothing where these are the best."""
+    """Return the best settings beside the experiment's own; nothing if these are the best."""
     best = summary.best
     if best is None or best.number == BASELINE:
         return []
@@ -110,7 +110,7 @@ def _trials(summary: Summary) -> Section:
 
 
 def _repeats(summary: Summary) -> list[Section]:
-    """Return the scores of baseline and best settings with other seeds; nothing where there are none."""
+    """Return the scores of baseline and best settings with other seeds; nothing if there are none."""
     repeats = summary.repeats
     if repeats is None:
         return []

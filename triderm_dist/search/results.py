@@ -45,7 +45,7 @@ class Repeats:
 class Summary:
     """The results of a search.
 
-    trials: best first.  baseline, best: of the complete trials, None where there is none.  gain: of the best in macro
+    trials: best first.  baseline, best: of the complete trials, None if there is none.  gain: of the best in macro
     F1 (argmax), with a 95% interval over the `lesions` validation lesions.  repeats: with other seeds.  importance: of
     each setting, the most important first, with its range over resamples of the trials.
     """

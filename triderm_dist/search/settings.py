@@ -99,7 +99,7 @@ def trial_name(number: int, seed: int = 0) -> str:
 
 
 def read_search(output: Path) -> SearchRun:
-    """Read the search in a run folder. Raises DataError where there is none."""
+    """Read the search in a run folder. Raises DataError if there is none."""
     record = output / "search" / "search.yaml"
     if not record.exists():
         raise DataError(f"{output}: contains no search; run triderm search first")

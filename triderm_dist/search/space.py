@@ -36,7 +36,7 @@ class Domain:
         return value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
 
     def widened(self, value: Any) -> Domain:
-        """Return the smallest domain of this kind that also holds `value`. Raises ConfigError where there is none."""
+        """Return the smallest domain of this kind that also holds `value`. Raises ConfigError if there is none."""
         if self.kind == "choice":
             return replace(self, values=(*self.values, value))
         if not _is_number(value) or (self.kind == "loguniform" and value <= 0):
@@ -144,7 +144,7 @@ def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> t
     on what was changed.
 
     Raises ConfigError for an unknown setting (with the nearest known one), for a range with values that a setting does
-    not accept, and where nothing is left to vary.
+    not accept, and if nothing is left to vary.
     """
     generator = random.Random(0)
     for key, domain in space.items():

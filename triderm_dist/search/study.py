@@ -31,7 +31,7 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     log: is called with each line of progress.
 
     Raises MissingPackage without Ray or Optuna, and ConfigError for unusable settings or spaces, before any trial;
-    Interrupted where the search was stopped.
+    Interrupted if the search was stopped.
     """
     settings, experiment, model = run.search, run.experiment, run.model
     require("triderm search", "ray", "optuna", "sklearn")

@@ -64,7 +64,7 @@ _TrialKeys: type[BaseModel] = create_model(
 
 
 def read_trial(folder: Path) -> Trial | None:
-    """Read the trial in a folder; None where none has started. Raises DataError for an invalid trial.json."""
+    """Read the trial in a folder; None if none has started. Raises DataError for an invalid trial.json."""
     path = folder / "trial.json"
     try:
         return Trial(**read_checked_json(path, _TrialKeys))
@@ -82,7 +82,7 @@ def read_trials(folder: Path, repeats: bool = False) -> list[Trial]:
 
 
 def last_checkpoint(folder: Path) -> int:
-    """Return the epoch of the newest checkpoint in a trial's folder, 0 where there is none."""
+    """Return the epoch of the newest checkpoint in a trial's folder, 0 if there is none."""
     found = folder.glob("*/fold-*/checkpoints/epoch-*/state.json")
     return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
@@ -98,7 +98,7 @@ class _Curve:
         self._epoch = 0
 
     def add(self, epoch: int, scores: dict[str, float]) -> bool:
-        """Add the scores of an epoch of the fold; False where that epoch is known already, as after a resume."""
+        """Add the scores of an epoch of the fold; False if that epoch is known already, as after a resume."""
         if epoch <= self._epoch:
             return False
         if self._kept is None or self.select == "last" or scores["macro_f1"] > self._kept["macro_f1"]:

@@ -34,7 +34,7 @@ REDUCTION = 3
 def ray_session(settings: SearchConfig) -> Iterator[None]:
     """Run Ray inside the block, on this machine or in the cluster at `address`.
 
-    Raises InputError where it does not start.
+    Raises InputError if it does not start.
     """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Ray loses at most these seconds when it is killed
     variables = {
@@ -130,7 +130,7 @@ def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], No
 
 
 def _allocate(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
-    """Return the resources of a worker, and how many trials run at once. Raises ConfigError where not one fits."""
+    """Return the resources of a worker, and how many trials run at once. Raises ConfigError if not one fits."""
     import ray
 
     gpus = settings.gpus
@@ -290,7 +290,7 @@ def _scheduler(run: SearchRun, space: Space) -> Any:
 
 
 def _number(trial: Any, settings: SearchConfig) -> int:
-    """Return the number of a trial, from 1. Ray counts from 0 where it draws the settings without a searcher."""
+    """Return the number of a trial, from 1. Ray counts from 0 if it draws the settings without a searcher."""
     count = int(re.split(r"[_@]", trial.experiment_tag)[0])
     return count + 1 if settings.scheduler == "pbt" else count
 

@@ -66,7 +66,7 @@ class Cache:
         may_fetch: asked before each attempt; while it is False, another process is expected to fetch the file, for
         `remote.stall_seconds` at most.
 
-        Raises DataError as `Store.fetch`, where the file does not fit into the cache, or after waiting twice
+        Raises DataError as `Store.fetch`, if the file does not fit into the cache, or after waiting twice
         `remote.total_seconds` for a process that fetches it; FetchStopped once `stop` is set.
         """
         stop = stop or threading.Event()
@@ -117,7 +117,7 @@ class Cache:
     def _reserve(self, file: ShardFile, part: Path) -> bool:
         """Evict shards, least recently used first, until a file fits, and reserve its space by an empty file.
 
-        Returns False where too much is being read. Raises DataError where it can never fit, OSError for a full disk.
+        Returns False if too much is being read. Raises DataError if it can never fit, OSError for a full disk.
         """
         if file.bytes > self.limit:
             raise DataError(
@@ -262,7 +262,7 @@ def _lock_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold an exclusive lock on a lock file. Yields False where another process has it, unless `wait`."""
+    """Hold an exclusive lock on a lock file. Yields False if another process has it, unless `wait`."""
     with path.open("ab") as file:
         try:
             lock_file(file, wait=wait)
@@ -277,7 +277,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _open_shared(path: Path, size: int) -> CachedFile | None:
-    """Open a file under a shared lock; None where it does not exist or is about to be evicted."""
+    """Open a file under a shared lock; None if it does not exist or is about to be evicted."""
     try:
         file = path.open("rb", buffering=0)
         lock_file(file, shared=True, wait=False)

@@ -314,7 +314,7 @@ def verify_shards(index: ShardIndex) -> None:
 
 
 def read_photo_bytes(index: ShardIndex, row: int, view: str) -> bytes:
-    """Return the JPEG of one view of one lesion, empty where the view is missing."""
+    """Return the JPEG of one view of one lesion, empty if the view is missing."""
     column = VIEWS.index(view)
     with index.path(int(index.shard[row])).open("rb") as file:
         file.seek(int(index.offsets[row, column]))
@@ -343,7 +343,7 @@ def _task(raw: Mapping[str, Any], path: Path) -> Task:
 
 
 def _fields(content: IndexContent, task: Task, path: Path) -> dict[str, Any]:
-    """Return fields of `ShardIndex`. Raises DataError where labels or categories have another meaning in the task."""
+    """Return fields of `ShardIndex`. Raises DataError if labels or categories have another meaning in the task."""
     if tuple(content.diagnoses) != task.diagnosis_names:
         raise DataError(f"{path}: its diagnoses are not those of its task {task.name!r}; pack the data again")
     # Written by earlier versions for the fields of plugins.
@@ -405,7 +405,7 @@ def _check_sha256(folder: Path, file: ShardFile) -> None:
 def _check_rows(index: ShardIndex, columns: ParquetColumns) -> None:
     """Check that rows, shards and offsets agree, in batches of rows; readers rely on it.
 
-    Raises DataError where they do not.
+    Raises DataError if they do not.
     """
     path = index.folder / SAMPLES
     shard_bytes = np.array([shard.bytes for shard in index.shards], np.int64)

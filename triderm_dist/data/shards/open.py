@@ -33,7 +33,7 @@ def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool
     """Open the index of a packed set in a folder or behind a URL. verify: hash the shards of a folder first.
 
     Behind a URL, index.json and samples.parquet are fetched now, and shards when they are read. Raises DataError as
-    `read_index` does, or where a file cannot be fetched within `remote.total_seconds`; ConfigError for a command that
+    `read_index` does, or if a file cannot be fetched within `remote.total_seconds`; ConfigError for a command that
     is not allowed.
     """
     if not is_url(where):
@@ -52,7 +52,7 @@ def index_file(where: str, remote: RemoteConfig) -> Path:
 
 
 def _own_share() -> slice:
-    """Return which shards this process looks for: every one where it is alone, else every N-th of N ranks."""
+    """Return which shards this process looks for: every one if it is alone, else every N-th of N ranks."""
     rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return slice(int(rank), None, int(ranks)) if rank.isdecimal() and ranks.isdecimal() else slice(None)
 
@@ -63,7 +63,7 @@ def is_packed(where: str) -> bool:
 
 
 def set_fingerprint(where: str, remote: RemoteConfig) -> str:
-    """Return the `ShardIndex.fingerprint` of a packed set without opening it. Raises DataError where there is none."""
+    """Return the `ShardIndex.fingerprint` of a packed set without opening it. Raises DataError if there is none."""
     path = index_file(where, remote)
     if not path.is_file():
         raise DataError(f"{path}: no such file; create it by triderm pack")
@@ -72,7 +72,7 @@ def set_fingerprint(where: str, remote: RemoteConfig) -> str:
 
 def cache_root(remote: RemoteConfig) -> Path:
     """Return the folder that caches remote shards on this node: of a folder that everybody may write to, such as /tmp,
-    a folder of this user in it. Raises DataError where that is of another user, who could change what is trained on.
+    a folder of this user in it. Raises DataError if that is of another user, who could change what is trained on.
     """
     root = Path(remote.cache or cache_folder() / "shards").expanduser()
     if hasattr(os, "getuid") and root.is_dir() and root.stat().st_mode & stat.S_IWOTH:
@@ -101,7 +101,7 @@ def _fetch_index(store: Store, root: Path) -> Path:
 
 
 def _samples_file(path: Path, store: Store) -> ShardFile:
-    """Return samples.parquet as an index.json describes it. Raises DataError where that is not an index."""
+    """Return samples.parquet as an index.json describes it. Raises DataError if that is not an index."""
     try:
         return check_content(read_json(path), path).samples.file
     except DataError as error:

@@ -57,7 +57,7 @@ def prepare_photo(data: bytes, short_side: int | None) -> PreparedPhoto:
 
     A photo whose short side is over `short_side` pixels is reduced to it (Lanczos, quality 90). An upright JPEG in
     sRGB that is small enough keeps the bytes of its pixels; only its metadata segments are removed. Other colors are
-    converted (`colors`). Of several pictures in one file the first is taken where it is the photo by the rules of its
+    converted (`colors`). Of several pictures in one file the first is taken if it is the photo by the rules of its
     format (MPO and HEIC of phones, reduced pages of a TIFF).
     Raises PhotoError for a file that is not a photo, is truncated or damaged, an animation, or has no known colors.
     """
@@ -138,7 +138,7 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _read_png(data: bytes) -> dict[str, object]:
-    """Return the bits of a PNG's channels and its code points of colors. Raises PhotoError where a chunk is damaged.
+    """Return the bits of a PNG's channels and its code points of colors. Raises PhotoError if a chunk is damaged.
 
     Pillow does not check the checksums of pixels.
     """
@@ -191,7 +191,7 @@ def _check_frames(image: Image.Image) -> tuple[str, ...]:
 
 
 def _check_pages(image: Image.Image) -> tuple[str, ...]:
-    """Allow further pages of a TIFF where they are reduced copies or masks."""
+    """Allow further pages of a TIFF if they are reduced copies or masks."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     if _DNG_VERSION in tags or tags.get(_SUBFILE_TYPE, 0) & 1:
         raise PhotoError("a camera's raw file, of which only a preview can be read; convert it to a JPEG or PNG")
@@ -218,7 +218,7 @@ def _reason(error: Exception, what: str) -> str:
 
 
 def check_photo(data: bytes) -> None:
-    """Decode a JPEG of a shard completely, as the loader does. Raises PhotoError where that fails."""
+    """Decode a JPEG of a shard completely, as the loader does. Raises PhotoError if that fails."""
     strip_metadata(data)
     try:
         _decode(data)
@@ -252,7 +252,7 @@ def strip_metadata(data: bytes) -> bytes:
 
     Kept: the JFIF header without its preview, and Adobe's color transform, without which colors would change. A number
     of lines that follows the first scan (DNL) moves to the header, where decoders expect it.
-    Raises PhotoError where a segment or the end marker is missing.
+    Raises PhotoError if a segment or the end marker is missing.
     """
     if data[:2] != bytes((0xFF, _SOI)):
         raise PhotoError("no JPEG start marker")
@@ -311,7 +311,7 @@ def _colors(data: bytes) -> str:
 def _about(data: bytes) -> tuple[int, bytes | None]:
     """Return the EXIF orientation of a JPEG, 1 (upright) to 8, and its `profile_of`.
 
-    1 and None where they are absent, or the EXIF is broken, as the pixels are valid.
+    1 and None if they are absent, or the EXIF is broken, as the pixels are valid.
     """
     if b"Exif\0\0" not in data and b"ICC_PROFILE\0" not in data:
         return 1, None

@@ -53,7 +53,7 @@ class RemoteFolder:
         retried(address_of(self.url, name), work)
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, None where there is none."""
+        """Return the content of a file, None if there is none."""
         try:
             content: bytes = retried(address_of(self.url, name), lambda files, location: files.cat_file(location))
         except FileNotFoundError:
@@ -61,7 +61,7 @@ class RemoteFolder:
         return content
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file, None where there is none."""
+        """Return the bytes of a file, None if there is none."""
         try:
             return int(retried(address_of(self.url, name), lambda files, location: files.info(location)["size"]))
         except FileNotFoundError:

@@ -30,7 +30,7 @@ def most_open_files() -> int:
 
 def note_on_open_files(index: ShardIndex, window: int | None) -> str | None:
     """Return a note for a set that is read slowly: whole-epoch shuffle of more shards than stay open, on a network
-    disk, where each read then opens a file. window: of the sampling. None where there is nothing to note.
+    disk, where each read then opens a file. window: of the sampling. None if there is nothing to note.
     """
     shards, most = len(index.shards), most_open_files()
     if window is not None or index.remote or shards <= most or not (kind := network_file_system(index.folder)):
@@ -56,7 +56,7 @@ class FolderShards:
         self._most = most_open_files()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Read bytes of a shard. Raises DataError where it has vanished or become shorter."""
+        """Read bytes of a shard. Raises DataError if it has vanished or become shorter."""
         try:
             return _pread(self._files.get(shard) or self._open(shard), offset, size)
         except OSError as error:
@@ -109,7 +109,7 @@ class RemoteShards:
         self._ahead: _ReadAhead | None = None
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Read bytes of a shard, after fetching it where needed. Raises DataError where it cannot be fetched."""
+        """Read bytes of a shard, after fetching it where needed. Raises DataError if it cannot be fetched."""
         ahead = self._ahead
         if ahead and ahead.will_use(shard):
             return _pread(ahead.wait_for(shard), offset, size)
@@ -124,7 +124,7 @@ class RemoteShards:
         """Fetch in advance for reads that follow `order` (n,), the shard of each sample of all ranks, `batch` samples
         per step; -1 for samples of other sets.
 
-        Yields a function to call with the number of steps whose reads are done. Raises ConfigError where the shards
+        Yields a function to call with the number of steps whose reads are done. Raises ConfigError if the shards
         that one step needs do not fit into the cache together.
         """
         self.close()
@@ -233,7 +233,7 @@ class _ReadAhead:
             return self._fill.held
 
     def _get(self, shard: int) -> bool:
-        """Open an admitted shard; return False where the pass has ended or failed."""
+        """Open an admitted shard; return False if the pass has ended or failed."""
         try:
             cached = self._cache.open(self._shards[shard], self._stop, self._may_fetch)
         except FetchStopped:

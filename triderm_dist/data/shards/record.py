@@ -105,7 +105,7 @@ def to_record(lesion: Lesion, task: Task, concepts: tuple[str, ...]) -> dict[str
 def parse_record(
     key: str, record: bytes | None, label: bytes | None, task: Task, words: Mapping[str, int] | None = None
 ) -> Record:
-    """Parse a sample's `.json` and `.cls` members (None where absent), written by triderm pack or another program.
+    """Parse a sample's `.json` and `.cls` members (None if absent), written by triderm pack or another program.
 
     lesion_id: default the sample's key, without folders.  label or diagnosis: a spelling of a diagnosis in any case;
     default the content of `.cls`.  group, patient_id or the task's column of groups: default the lesion itself.
@@ -155,7 +155,7 @@ def _own_concepts(cells: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 
 def _cells(record: bytes) -> dict[str, Any]:
-    """Return the content of a sample's JSON. Raises ValueError where it is no mapping that can be read."""
+    """Return the content of a sample's JSON. Raises ValueError if it is no mapping that can be read."""
     try:
         cells = json.loads(record, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:

@@ -106,7 +106,7 @@ class TarScanner:
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def known(self, path: Path) -> TarScan | None:
-        """Return the result of an earlier scan, None where there is none or the tar or a setting has changed."""
+        """Return the result of an earlier scan, None if there is none or the tar or a setting has changed."""
         file = self.file(path)
         try:
             about = json.loads((pq.read_schema(file).metadata or {})[_ABOUT])
@@ -228,7 +228,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A sample's record, None where it is invalid; for both views the location and `size_and_hash` of the photo.
+    """A sample's record, None if it is invalid; for both views the location and `size_and_hash` of the photo.
 
     unused: extensions of members that are not read; the whole name of a file that belongs to no lesion.
     """

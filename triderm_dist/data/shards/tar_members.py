@@ -38,7 +38,7 @@ class DamagedTar(Exception):
 class TarMember:
     """A member that is not a folder: its name, and where its data lie.
 
-    fault: what the member is where it is not a plain file, so that its data are elsewhere; else empty.
+    fault: what the member is if it is not a plain file, so that its data are elsewhere; else empty.
     """
 
     name: str

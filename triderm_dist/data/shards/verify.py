@@ -29,7 +29,7 @@ def verify(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
-    """Return all problems of a packed set, an empty list where it is valid.
+    """Return all problems of a packed set, an empty list if it is valid.
 
     folds, fold_seed: also check that folds can be assigned. progress: called with (lesions checked, all lesions).
     """

@@ -37,7 +37,7 @@ def is_synthetic(source: str | os.PathLike[str]) -> bool:
 def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: int) -> bool:
     """Write the demo data into `output` atomically; returns False if `output` holds the same data already.
 
-    Raises DataError where `output` holds other files, ConfigError where there are too few lesions for the diagnoses.
+    Raises DataError if `output` holds other files, ConfigError if there are too few lesions for the diagnoses.
     """
     if task.reader == "milk10k":
         from triderm_dist.data.synthetic.milk10k import write_part

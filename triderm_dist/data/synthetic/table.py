@@ -153,7 +153,7 @@ def draw_word(generator: np.random.Generator, task: Task, label: int) -> dict[st
 
 
 def draw_fine(generator: np.random.Generator, task: Task, label: int) -> dict[str, str]:
-    """Draw one of the finer labels of a diagnosis as its cell, empty where it has none."""
+    """Draw one of the finer labels of a diagnosis as its cell, empty if it has none."""
     if task.fine is None:
         return {}
     labels = task.fine.labels.get(task.diagnosis_names[label], ())

@@ -79,7 +79,7 @@ def group_views(
 
 
 def _find_photo(lesion_id: str, row: Row, find_photo: PhotoFinder, missing_view: str) -> str | None:
-    """Return the path of a row's photo, None where it is missing and that is allowed."""
+    """Return the path of a row's photo, None if it is missing and that is allowed."""
     isic_id = row["isic_id"]
     try:
         return find_photo(isic_id, lesion_id)
