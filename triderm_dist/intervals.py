@@ -81,7 +81,7 @@ def f1_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray |
     """Return F1 of each diagnosis with its interval; NaN for a diagnosis without a lesion.
 
     F1 = 2 J / (1 + J) rises with J = TP / (TP + FP + FN), and TP is binomial given TP + FP + FN. So the interval is
-    that of a proportion: quantiles of Beta(TP + 2/3, FP + FN + 2/3), with the end 0 if TP = 0 and the end 1 where
+    that of a proportion: quantiles of Beta(TP + 2/3, FP + FN + 2/3), with the end 0 if TP = 0 and the end 1 if
     FP + FN = 0. Jeffreys' prior has 1/2 (Brown, Cai and DasGupta 2001) and covers more than 97% for rarely found
     diagnoses; 2/3 covers nearer to 95% there.
     """

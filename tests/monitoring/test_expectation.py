@@ -25,7 +25,7 @@ def test_expectation_follows_from_memory_flops_and_pixels() -> None:
 
 
 def test_measured_speed_is_compared_with_the_expected_one() -> None:
-    text = Expectation(memory=10.0, lesions_per_s=2000.0, mfu=0.4, cores=3).beside(11.0, 1500.0)
+    text = Expectation(memory=10.0, lesions_per_s=2000.0, mfu=0.4, cores=3).compare(11.0, 1500.0)
     assert text == "11.0 GiB (110% of what was expected) and 1,500 lesions/s (75% of what was expected)"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
@@ -23,7 +24,7 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import frozen_parameters, untrained_tensors
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.distributed.stop import Stop
-from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState
+from triderm_dist.engine.checkpoint import Checkpoint, Checkpoints, Training, TrainState
 from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
@@ -92,8 +93,9 @@ class Trainer:
 
     Two trainings with the same settings, data, seed and global batch give the same numbers, up to the order of
     floating-point sums, with any micro-batch (unless batch norms are trained), ranks and strategy. Creating it checks
-    all settings, restores the newest checkpoint and wraps the network; nothing is written before `train`. Raises
-    ConfigError for settings that cannot work together.
+    all settings, restores the newest checkpoint and wraps the network; nothing is written before `train`.
+
+    Raises ConfigError for settings that cannot work together, CheckpointError for damaged weights.
     """
 
     def __init__(
@@ -134,15 +136,15 @@ class Trainer:
         extra = int((data.train_rows >= len(data.loaders.index)).sum())
         lesions = len(data.train_rows), extra, len(data.validation_rows)
         start = saved.state.step if saved else 0
-        title = output.title(name)
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
         self.expectation: Expectation | None = None
         if flops and accelerator.device.type == "cuda" and not output.brief:
             half, strategy = accelerator.mixed_precision != "no", strategy_of(accelerator)
             self.expectation = expect(network, config, flops, half, strategy, data.loaders.index.canvas)
         text = report(
-            title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief, why_precision,
-            "" if graphed else why_graph, self.expectation,
+            output.title(name), accelerator, config, network, lesions, epoch_steps, flops,
+            start=start, brief=output.brief, why_precision=why_precision, why_no_graph="" if graphed else why_graph,
+            expectation=self.expectation,
         )  # fmt: skip
         accelerator.print(text, flush=True)
         untrained = untrained_tensors(network)
@@ -171,6 +173,15 @@ class Trainer:
             trackers=config.trackers, tracker_settings=config.tracker_settings, group=output.run,
             settings=flatten(redact_tree(config.model_dump(mode="json"))), later_seconds=output.later_seconds,
         )  # fmt: skip
+
+    def _load_newest(self, network: Network) -> Checkpoint | None:
+        """Load the newest checkpoint's weights, if there is one, and return it. Raises CheckpointError as `Trainer`."""
+        saved = self.checkpoints.newest(on_main(self.folder.resumed))
+        if saved:
+            saved.load_network(network)
+        elif damaged := damaged_weight(network.named_parameters()):
+            raise CheckpointError(f"{self.name}: the pretrained weights are damaged: {damaged}; fetch their file again")
+        return saved
 
     def train(
         self,
@@ -262,7 +273,7 @@ class Trainer:
         """Validate if it is due, and save the weights if they are selected. Returns the scores, {} if not validated."""
         self.guard.check()
         if self.expectation and self._speed:
-            self.accelerator.print(wrapped(f"{self.name}: {self.expectation.beside(*self._speed)}"), flush=True)
+            self.accelerator.print(wrapped(f"{self.name}: {self.expectation.compare(*self._speed)}"), flush=True)
             self.expectation = None  # print it once
         state, average, number = self.training.state, self.training.average, self.training.state.epoch + 1
         if average:
@@ -301,6 +312,12 @@ class Trainer:
         if is_scored:
             info["validation_macro_f1"] = state.best_score
         self.checkpoints.keep_weights(self.accelerator, self.training, **info)
+
+
+def _average(wrapped: nn.Module, config: TrainConfig) -> WeightAverage | None:
+    if config.swa_epochs:
+        return EpochAverage(wrapped, config.epochs - config.swa_epochs)
+    return Ema(wrapped, config.ema_decay) if config.ema_decay else None
 
 
 def check_names(config: TrainConfig) -> None:

@@ -1,7 +1,7 @@
 """Image encoders (towers) and networks, built from the settings of a model.
 
-`NETWORKS` is the table of networks; docs/extending.md has a recipe for another one. PyTorch is imported when something
-is built, not before.
+`NETWORKS` is the table of networks; docs/extending.md has a recipe for another one. PyTorch is imported only when
+something is built.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def build_towers(config: TowerConfig, views: Sequence[str] = VIEWS, tower: Tower
 def build_network(config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> Network:
     """Build the network of `config.kind` for a task, on towers (pixels in) or on tokens of a given shape.
 
-    towers: as `build_towers` returns them for `signature.views`. Raises ConfigError as `check_network` does, and if
-    the task has nothing of what the network is to use (`config.use`).
+    towers: as `build_towers` returns them for `signature.views`. Raises ConfigError as `check_network`, and if the task
+    has none of the inputs in `config.use`.
     """
     check_network(config)
     return network_class(config.kind)(config, signature, towers)

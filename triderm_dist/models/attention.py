@@ -34,7 +34,7 @@ class AttentionMaps:
     diagnoses: Sequence[str]
 
     def json(self) -> dict[str, Any]:
-        """Return the numbers behind the picture."""
+        """Return the values that the attention page draws, for JSON."""
         return {
             "lesion_id": self.lesion_id,
             "diagnosis": None if self.label == UNLABELED else self.diagnoses[self.label],

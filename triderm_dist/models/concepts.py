@@ -33,8 +33,8 @@ def learned_token(*shape: int) -> nn.Parameter:
 class NumericTokens(nn.Module):
     """Embed n numbers of about [0, 1], NaN where missing, (B, n) to tokens (B, n, D).
 
-    token = name + curve(value), or name + missing. The value is a term of the token: the softmax over tokens always
-    sums to 1, so a score that only scaled the attention, or the token's length before a norm, would be lost.
+    token = name + curve(value), or name + missing. The value is added to the token, since softmax and norms would
+    remove a value that only scaled the attention or the token.
     """
 
     def __init__(self, n: int, width: int) -> None:
@@ -46,7 +46,7 @@ class NumericTokens(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         missing = values.isnan()
         features = smooth_features(values.float().masked_fill(missing, 0.0)).to(self.curve.dtype)
-        # Not einsum: for n = 1 its gradient has other strides than the parameter, which DDP warns of on every rank.
+        # Not einsum: for n = 1 its gradient has other strides than the parameter, and DDP warns on every rank.
         value = torch.bmm(features.transpose(0, 1), self.curve).transpose(0, 1)
         return self.name + torch.where(missing[..., None], self.missing, value)
 
@@ -67,9 +67,8 @@ class CategoryToken(nn.Module):
 class SemanticTokens(nn.Module):
     """Embed concept scores (B, K) and metadata (B, M) as tokens (B, K + M + 1, D), in the order of `names`.
 
-    concepts, fields: names of the K scores and the M fields, or () to ignore the scores or the metadata; K or M then
-    counts 0. The last token is the null token: learned, the same for every lesion, so that an image may attend to none
-    of the others.
+    concepts, fields: names of the K scores and the M fields, or () to ignore the scores or the metadata; K or M is then
+    0. The last token is a learned null token, to which an image may attend instead of the others.
     """
 
     def __init__(self, concepts: Sequence[str], fields: Sequence[MetadataField], width: int) -> None:
@@ -94,7 +93,7 @@ class SemanticTokens(nn.Module):
                 if not each.is_number
             },
         }
-        """What parameters mean, by prefix; see `Network.parameter_meanings`."""
+        """Meanings of parameters, by prefix; see `Network.parameter_meanings`."""
         self.names: tuple[str, ...] = (*concepts, *(field.name for field in self.fields), "null")
 
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:

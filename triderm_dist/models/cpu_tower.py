@@ -1,13 +1,13 @@
-"""Compute the tokens of a frozen tower on CPU cores, in fp32, faster than PyTorch runs its modules one by one.
+"""Compute the tokens of a frozen tower on CPU cores, in fp32, faster than PyTorch's eager mode.
 
-The fastest installed backend is taken whose tokens agree with PyTorch's on some of the photos themselves:
+Chooses the fastest installed backend whose tokens agree with PyTorch's on some of the photos:
 
 1. OpenVINO (extra `cpu`): one photo at a time on each core, so that activations stay in its cache and tokens depend on
    no batch size and no number of cores;
 2. PyTorch with batch norms folded into the convolutions before them, in small batches;
-3. PyTorch as it is.
+3. PyTorch in eager mode.
 
-Not used because measured slower or not exact: docs/training.md and benchmarks/results.
+docs/training.md and benchmarks/results name backends that were measured to be slower or inexact.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from triderm_dist.runtime.extras import install_command, is_installed
 from triderm_dist.schema import one_line
 
 MIN_PHOTOS = 256
-"""Photos from which a faster backend repays its start, about one CPU second."""
+"""Number of photos from which a faster backend saves more than its start-up, about one CPU second."""
 CHECKED = 4
-"""Photos whose tokens a backend is compared on."""
+"""Number of photos on which a backend is compared with PyTorch."""
 TOLERANCE = 1e-4
-"""Largest difference between the tokens of a backend and those of PyTorch, as a share of the largest token."""
+"""Largest allowed difference from PyTorch's tokens, relative to the largest absolute value."""
 TORCH_BATCH = 4
-"""Photos per forward of PyTorch: those of 32 do not fit into the caches, and take up to twice as long each."""
+"""Photos per forward pass of PyTorch; activations of 32 exceed the caches, and take up to twice as long per photo."""
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -70,7 +70,7 @@ class CpuTower:
                 with torch.inference_mode(False), torch.no_grad():
                     encoder = build(self.tower, photos)
                 difference = _difference(encoder(photos), expected)
-            except Exception as error:  # whatever a converter raises for operations that it does not know
+            except Exception as error:  # converters raise many types for operations that they do not support
                 hint += f"; {name} cannot compute it ({one_line(error, 160, with_type=True)})"
                 continue
             if difference <= TOLERANCE:
@@ -87,27 +87,27 @@ class OpenVino:
     """A tower compiled by OpenVINO for photos of one size: each core computes whole photos, one after the other."""
 
     def __init__(self, tower: nn.Module, photos: Tensor) -> None:
-        """photos: (B, 3, H, W), of the size. Raises what OpenVINO raises for a tower that it cannot convert."""
-        # Importing OpenVINO sends usage data to its vendor unless this package is missing.
+        """photos: (B, 3, H, W), of that size. Raises OpenVINO's error for a tower that it cannot convert."""
+        # OpenVINO sends usage data to its vendor when imported, unless this package is missing.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
         from openvino.preprocess import PrePostProcessor
 
         example = photos[:1].clone(memory_format=torch.contiguous_format)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, on sizes that become constants: those of one photo
+            warnings.simplefilter("ignore")  # the tracer warns of sizes that become constants
             traced = torch.jit.freeze(torch.jit.trace(tower, example, check_trace=False))
             shape = openvino.PartialShape(list(example.shape))
             model = openvino.convert_model(traced, example_input=example, input=[shape])
-        layout = PrePostProcessor(model)  # so that channels-last pixels are read as they are
+        layout = PrePostProcessor(model)  # reads channels-last pixels without a copy
         layout.input().tensor().set_layout(openvino.Layout("NHWC"))
         layout.input().model().set_layout(openvino.Layout("NCHW"))
         threads = torch.get_num_threads()
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": "f32",  # its default is bf16 where the CPU has it
+            "INFERENCE_PRECISION_HINT": "f32",  # the default is bf16 on CPUs that support it
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads,
-            "ENABLE_CPU_PINNING": False,  # all ranks of a machine would take the same cores
+            "ENABLE_CPU_PINNING": False,  # pinning would put all ranks of a machine on the same cores
         }
         compiled = openvino.Core().compile_model(layout.build(), "CPU", settings)
         self._shape = tuple(compiled.output(0).shape)[1:]
@@ -129,12 +129,13 @@ class OpenVino:
 
 
 def fold_batch_norms(tower: nn.Module, photos: Tensor) -> Encoder:
-    """Return a copy of the tower whose convolutions include the batch norms that take their output, called in small
-    batches. photos: (B, 3, H, W), to find these by.
+    """Return a copy of the tower with batch norms folded into the preceding convolutions, called in small batches.
+
+    photos: (B, 3, H, W), with which the pairs are traced.
     """
     tower = copy.deepcopy(tower)
     convolutions: dict[int, nn.Conv2d] = {}
-    outputs: list[Tensor] = []  # kept, so that no two have the same id
+    outputs: list[Tensor] = []  # kept alive, so that ids are unique
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def after_convolution(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -175,5 +176,5 @@ def in_batches(tower: nn.Module) -> Encoder:
 
 
 def _difference(tokens: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest number expected; NaN where one is not finite."""
+    """Return the largest difference relative to the largest expected value; NaN if any value is not finite."""
     return float((tokens - expected).abs().max() / expected.abs().max())

@@ -1,4 +1,4 @@
-"""Depthwise convolutions for training on CPUs, where their usual gradients take most of the time of a step in bf16.
+"""Depthwise convolutions with fast gradients on CPUs, where PyTorch's take most of the time of a step in bf16.
 
 For kernels of 5x5 and 7x7 the weight gradient takes 1/2 to 1/6 of the time of PyTorch's in fp32, and 1/4 to 1/30 in
 bf16; with a stride the gradient of the input is computed in fp32, which takes 1/2 to 1/9 of the time of bf16 (torch
@@ -18,7 +18,7 @@ LARGE_KERNEL = 5
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution with the parameters of another one, whose weight gradient is a depthwise convolution too.
+    """A depthwise convolution with the parameters of another one; its weight gradient is a depthwise convolution too.
 
     The gradient of the weight at (i, j) of a channel is the sum over lesions and positions of x shifted by (i, j) times
     the gradient of the output: the convolution of x by that gradient as a kernel, for each lesion and channel.
@@ -31,7 +31,7 @@ class DepthwiseConv2d(nn.Conv2d):
             bias=replaced.bias is not None, device="meta",
         )  # fmt: skip
         self.weight, self.bias = replaced.weight, replaced.bias
-        # timm's Conv2dSame pads as TensorFlow does: by what the size of the input needs, more at the end.
+        # timm's Conv2dSame pads as TensorFlow: depending on the input's size, and more at the end.
         self.same = type(replaced).__name__ == "Conv2dSame"
         self.train(replaced.training)
 
@@ -86,7 +86,7 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = native(torch.float32 if strided else x.dtype, 0)
         if ctx.needs_input_grad[1]:
-            # With a stride PyTorch's own is faster in fp32, and with small kernels in any precision.
+            # PyTorch's gradient is faster with a stride in fp32, and with small kernels in any precision.
             ours = min(weight.shape[2:]) >= LARGE_KERNEL and (bf16 or not strided)
             of_weight = _weight_gradient(gradient, x, weight, ctx.stride, ctx.padding) if ours else native(x.dtype, 1)
         return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.has_bias else None, None, None
@@ -106,7 +106,7 @@ def _weight_gradient(
 def use_fast_depthwise(network: nn.Module) -> None:
     """Replace the depthwise convolutions of a network that `DepthwiseConv2d` speeds up on CPUs, in place.
 
-    Parameters and their names stay.
+    Keeps parameters and their names.
     """
     for name, module in [*network.named_modules()]:
         if _is_slow(module):
@@ -115,7 +115,7 @@ def use_fast_depthwise(network: nn.Module) -> None:
 
 
 def _is_slow(module: nn.Module) -> bool:
-    # By name, since importing timm takes seconds. Other subclasses may compute something else.
+    # By name, since importing timm takes seconds. Not subclasses, which may compute something else.
     if type(module) is not nn.Conv2d and type(module).__name__ != "Conv2dSame":
         return False
     assert isinstance(module, nn.Conv2d)

@@ -1,13 +1,14 @@
-"""Dropout with a mask for each lesion, a function of (seed, epoch, lesion, copy, layer).
+"""Dropout with one mask per lesion, a function of (seed, epoch, lesion, copy, layer).
 
-So a mask depends on no micro-batch, rank, strategy or order, and a second forward of the same lesions repeats it, as
-the first pass for the loss sums, activation checkpointing and a resumed training need. No random state is kept.
+A mask is independent of micro-batch, rank, strategy and order, and a second forward pass of the same lesions repeats
+it, as needed by the first pass for the loss sums, activation checkpointing and resumed trainings. No random state is
+kept. `use_lesion_masks` replaces the dropout modules of a network once; `LesionMasks` passes them the lesions of each
+batch.
 
-`use_lesion_masks` replaces the dropout modules of a network once; `LesionMasks` gives them the lesions of a batch.
-Element (r, c) of a lesion's activations, r a position and c a channel, is dropped where the 32-bit number h_r * m_c
+Element (r, c) of a lesion's activations, with position r and channel c, is dropped if the 32-bit number h_r * m_c
 (modulo 2^32) is below p * 2^32. h_r = (k * n_r) >> 32 is a multiply-shift hash (Dietzfelbinger et al. 1997) of the
-position under the lesion's 64-bit key k of this layer; m_c and n_r are odd numbers from fixed tables. One integer
-multiplication and one comparison per element cost less than the generators of PyTorch, and compile into one kernel.
+position with the lesion's 64-bit key k for this layer; m_c and n_r are odd numbers from fixed tables. One integer
+multiplication and one comparison per element are cheaper than PyTorch's generators, and compile into one kernel.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from triderm_dist.models.network import SHARED, Network
 from triderm_dist.schema import Batch, ConfigError
 
 TABLE = 2**17
-"""Most positions, and most channels, of one lesion's activations that a mask can have."""
+"""Largest number of positions, and of channels, of one lesion's activations."""
 
 
 class LesionDropout(nn.Module):
     """Drop single elements of x (B, ..., D) in training, as `nn.Dropout`.
 
-    keys: (B,) int64 of the batch's lesions, see `LesionMasks`; without them masks come from PyTorch's generator.
-    B may also be a multiple of their number, with the parts of a lesion one after the other, as windows of an image.
+    keys: (lesions,) int64, see `LesionMasks`; without them masks are drawn from PyTorch's generator.
+    B may be a multiple of the number of lesions, with consecutive parts of a lesion, such as windows of an image.
     """
 
     keys: Tensor | None = None
@@ -51,7 +52,7 @@ class LesionDropout(nn.Module):
             return x.masked_fill(self._plain(x), 0.0).mul_(scale)
         numbers, threshold = self._uniform(x), self._threshold
         if x.device.type == "cpu":
-            # Comparisons, and operations on their results, take up to 20 times as long as arithmetic on a CPU.
+            # On a CPU, comparisons and operations on their results take up to 20 times as long as arithmetic.
             below = max(threshold, 1 - 2**31) - 1
             return (x * numbers.clamp_(below, below + 1).sub_(below).to(x.dtype)).mul_(scale)
         return x.masked_fill(numbers < threshold, 0.0).mul_(scale)
@@ -65,23 +66,23 @@ class LesionDropout(nn.Module):
         return int(self.p * 2**32) - 2**31
 
     def _plain(self, x: Tensor) -> Tensor:
-        """Return a mask from PyTorch's generator, which `x` is broadcast with."""
+        """Return a mask from PyTorch's generator, broadcastable to `x`."""
         return torch.rand_like(x) < self.p
 
     def _uniform(self, x: Tensor) -> Tensor:
-        """Return uniform int32 numbers of the lesions, new ones in memory, which `x` is broadcast with."""
+        """Return uniform int32 numbers of the lesions in new memory, broadcastable to `x`."""
         channels = x.shape[-1]
         return (self._of_positions(x.numel() // channels)[..., None] * self.channels[:channels]).view(x.shape)
 
     def _of_positions(self, positions: int) -> Tensor:
-        """Return a uniform number for each of `positions` positions of the batch, (lesions, per lesion) int32."""
+        """Return a uniform number for each position, (lesions, positions / lesions) int32."""
         assert self.keys is not None
         per_lesion = positions // len(self.keys)
         return ((self.keys[:, None] * self.positions[:per_lesion]) >> 32).to(torch.int32)
 
 
 class LesionVectorDropout(LesionDropout):
-    """Drop whole vectors x[b, ..., :] in training. On the values of an attention: its dropout, with one mask for all
+    """Drop whole vectors x[b, ..., :] in training. Applied to attention values: attention dropout with one mask for all
     queries.
     """
 
@@ -98,7 +99,7 @@ class LesionDropPath(LesionDropout):
     threshold: Tensor
     keep: Tensor
     factors: tuple[Tensor, ...] = ()
-    """What each lesion is multiplied by, (B,), in each precision, from `LesionMasks`."""
+    """The factor of each lesion (B,), one tensor per precision, from `LesionMasks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -108,11 +109,11 @@ class LesionDropPath(LesionDropout):
                 return x * factors.view(-1, *[1] * (x.ndim - 1))
         if self.keys is None:
             return x * self._scale(~self._plain(x), 1 - self.p, x.dtype)
-        # `p` differs from block to block; a number would make the compiler compile every block for itself.
+        # A tensor, since `p` differs between blocks: a Python number would make every block compile separately.
         return x * self._scale(self._uniform(x) >= self.threshold, self.keep, x.dtype)
 
     def _scale(self, kept: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
-        return (kept.float() / share).to(dtype)  # small: so x is read once
+        return (kept.float() / share).to(dtype)  # a small tensor, so that x is read once
 
     def _plain(self, x: Tensor) -> Tensor:
         return torch.rand_like(x[(slice(None), *[slice(1)] * (x.ndim - 1))]) < self.p
@@ -149,7 +150,7 @@ def has_dropout(network: nn.Module) -> bool:
 
 
 class LesionMasks:
-    """Gives the dropout modules of a network the lesions of a batch."""
+    """Passes the lesions of each batch to the dropout modules of a network."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         """network: the bare one, after `use_lesion_masks`."""
@@ -159,7 +160,7 @@ class LesionMasks:
         self._path_limits: tuple[Tensor, Tensor] | None = None
         views = network.used_views if isinstance(network, Network) else ()
         modules = [each for each in network.named_modules() if isinstance(each[1], LesionDropout) and each[1].p]
-        # Those that drop whole lesions come first: what they multiply by is computed for all of them at once.
+        # Modules that drop whole lesions come first: their factors are computed together.
         for name, module in sorted(modules, key=lambda each: not isinstance(each[1], LesionDropPath)):
             assert isinstance(module, LesionDropout)
             self.modules.append(module)
@@ -182,9 +183,9 @@ class LesionMasks:
 
     @contextmanager
     def using(self, keys: Tensor | None) -> Iterator[None]:
-        """Drop by these keys of `draw`, on any device, in forward and backward passes in this context.
+        """Use these keys of `draw`, on any device, in forward and backward passes in the block.
 
-        Without keys the masks come from PyTorch's generator.
+        Without keys, masks are drawn from PyTorch's generator.
         """
         if keys is None:
             yield
@@ -204,7 +205,7 @@ class LesionMasks:
                     module.factors = ()
 
     def _set_factors(self, keys: Tensor, lesions: int) -> None:
-        """Give each `LesionDropPath` the factors that it would compute itself, in a few launches for all of them."""
+        """Compute the factors of all `LesionDropPath` modules together, in few kernels."""
         paths = [module for module in self.modules if isinstance(module, LesionDropPath)]
         if not paths:
             return

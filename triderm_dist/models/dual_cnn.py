@@ -89,7 +89,7 @@ class TabularFeatures(nn.Module):
 
     @property
     def flag_of(self) -> list[int]:
-        """The column of the missing flag of each column; of a flag itself, its own."""
+        """For each column the index of its missing flag; a flag's index is its own."""
         columns = [self.concepts + number for number in range(self.concepts)] * 2
         for field in self.fields:
             size = 2 if field.is_number else len(field.categories) + 1

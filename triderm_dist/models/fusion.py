@@ -26,8 +26,8 @@ STAGES = ("view_alignment", "semantic_gating")
 class CrossAttention(nn.Module):
     """Attend from queries (B, Q, D) to a context (B, L, D): softmax(q k' / sqrt(D / heads)) v, then a linear map.
 
-    Dropout hides a context token from a head, for all queries. That is the dropout of attention weights with one mask
-    for all queries of a lesion and head, and leaves the attention to fused kernels.
+    Dropout hides a context token from a head, for all queries of a lesion. It is dropout of attention weights with one
+    mask for all queries, which is compatible with fused attention kernels.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -56,7 +56,7 @@ class CrossAttention(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k' / sqrt(d)) v, of (B, heads, L, d)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        # PyTorch's kernel for this takes two to six times as long, nearly all of it in the backward pass (torch 2.14).
+        # PyTorch's kernel takes two to six times as long, mostly in the backward pass (torch 2.14).
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -80,7 +80,7 @@ class _Stage(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return how much each token of x attends to each token of the context, (B, Q, L)."""
+        """Return the attention weights of each token of x over the context, (B, Q, L)."""
         return self.attention.weights(self.query_norm(x), self.context_norm(context))
 
 
@@ -132,5 +132,5 @@ class GlobalPooling(nn.Module):
         return self.norm(self.attention(self.query.expand(x.shape[0], -1, -1), x)).squeeze(1)
 
     def weights(self, x: Tensor) -> Tensor:
-        """Return how much the query attends to each token, (B, L)."""
+        """Return the attention weights of the query, (B, L)."""
         return self.attention.weights(self.query.expand(x.shape[0], -1, -1), x).squeeze(1)

@@ -1,4 +1,4 @@
-"""Several frozen towers as one: the mean tokens of each, and what trained networks say of them, side by side."""
+"""Several frozen towers as one: their mean tokens and log-probabilities of trained networks, concatenated."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NOT_OF_NETWORK = ("train", "init", "extra_towers", "seeds")
 
 
 class ViewLogits(nn.Module):
-    """Log-probabilities by the auxiliary heads of a trained network, from the mean token of one photo.
+    """Log-probabilities from the auxiliary heads of a trained network, for the mean token of one photo.
 
-    The photo is taken as each view that the network uses; concepts and metadata are missing.
+    The photo is input as each view that the network uses in turn, without concepts and metadata.
     """
 
     def __init__(self, network: Network, head: str) -> None:
@@ -59,8 +59,8 @@ class ViewLogits(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """One of the towers of a joined one. record: its `TowerRecord`, as JSON values.  about: what `build_logits` builds
-    `logits` from.
+    """One of the towers of a joined one. record: its `TowerRecord`, as JSON values.  about: the description from which
+    `build_logits` builds `logits`.
     """
 
     tower: Tower
@@ -70,7 +70,7 @@ class Part:
 
     @property
     def widths(self) -> list[int]:
-        """The width of its mean token and, if it has logits, theirs."""
+        """Widths of its mean token and of its logits, if it has some."""
         return [self.tower.width, *([self.logits.width] if self.logits else [])]
 
     @property
@@ -80,16 +80,16 @@ class Part:
 
     @property
     def logits_hash(self) -> str:
-        """What the log-probabilities depend on besides the tower."""
+        """Hash of everything that the log-probabilities depend on, except for the tower."""
         assert self.logits
         return module_hash(self.logits, self.about)
 
 
 class JoinedTower(Tower):
-    """Map pixels (B, 3, H, W) to the mean tokens of several frozen towers side by side, (B, 1, D).
+    """Map pixels (B, 3, H, W) to the concatenated mean tokens of several frozen towers, (B, 1, D).
 
-    All take the same pixels. `as_cached` appends the log-probabilities of the parts that have some. The order of the
-    columns is that of `token_shape.parts`: mean token and log-probabilities of the first part, those of the second, ...
+    All towers read the same pixels. `as_cached` appends log-probabilities. `token_shape.parts` has the order of the
+    columns: mean token and log-probabilities of the first part, then those of the second, and so on.
     """
 
     def __init__(self, parts: Sequence[Part], report: str = "") -> None:
@@ -115,7 +115,7 @@ class JoinedTower(Tower):
         return self._shape
 
     def freeze(self, num_blocks: int) -> None:
-        """Freeze everything, whatever the number of blocks: a joined tower does not train."""
+        """Freeze everything for any number of blocks, since a joined tower does not train."""
         self.requires_grad_(False)
         self.train(False)
 
@@ -142,7 +142,7 @@ class JoinedTower(Tower):
 
 
 def about_logits(config: ModelConfig, task: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
-    """Return, as JSON values, what `build_logits` builds the auxiliary heads of a trained network from."""
+    """Return the description, for JSON, from which `build_logits` builds the auxiliary heads of a trained network."""
     model = config.model_dump(mode="json", exclude=set(NOT_OF_NETWORK))
     return {"model": model, "task": dict(task), "concepts": list(concepts)}
 

@@ -1,4 +1,4 @@
-"""Imports without what takes a second or more and is not needed to build or run a network."""
+"""Import timm without its slow dependencies that building and running a network do not need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UTILS = "torch._dynamo.utils"
 def import_timm() -> None:
     """Import timm and torchvision without torch._dynamo, the compiler.
 
-    They import it for one function and one decorator; here both import it when they are called.
+    They import it for one function and one decorator, which are replaced by functions that import it when called.
     """
     if "torch._dynamo" in sys.modules or "timm" in sys.modules:
         return
@@ -26,7 +26,7 @@ def import_timm() -> None:
     disable = torch.compiler.disable
     sys.modules[_UTILS], torch.compiler.disable = utils, _disable  # type: ignore[assignment]
     try:
-        with contextlib.suppress(ImportError):  # what needs them says so
+        with contextlib.suppress(ImportError):  # a tower that needs timm reports that it is missing
             import timm  # noqa: F401
             import torchvision.ops  # noqa: F401
     finally:
@@ -41,7 +41,7 @@ def _is_compile_supported(device_type: str) -> bool:
 
 
 def _disable(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
-    """Do as torch.compiler.disable, at the first call of the function."""
+    """Apply torch.compiler.disable at the first call of the function."""
     if function is None:
         return functools.partial(_disable, **options)
     disabled: list[Callable[..., Any]] = []

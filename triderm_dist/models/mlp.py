@@ -1,8 +1,8 @@
-"""A small MLP on what is known of a lesion as one vector: mean tokens of frozen towers, concepts and metadata.
+"""A small MLP on the concatenated inputs of a lesion: mean tokens of frozen towers, concepts and metadata.
 
-The mean token of each view is projected on its principal components, with several towers those of each, and concepts
-and metadata are standardized. Both are computed once before training, over the training lesions of the fold
-(`Mlp.fit_inputs`), and kept with the weights. It trains in seconds, since photos are read as their mean tokens.
+The mean token of each view (of each tower) is projected on its principal components; concepts and metadata are
+standardized. Both are fitted once before training, on the training lesions of the fold (`Mlp.fit_inputs`), and stored
+with the weights. Training takes seconds, since photos are read as mean tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triderm_dist.schema import ConfigError, Outputs, Signature
 from triderm_dist.settings import Section
 
 MIN_DEVIATION = 0.1
-"""Lower bound of a standard deviation, so that a value that is rare, or new in prediction, stays within 10."""
+"""Lower bound of a standard deviation, so that standardized values that are rare or new in prediction stay below 10."""
 
 
 class MlpSettings(Section):
@@ -33,8 +33,8 @@ class Mlp(Network):
     """Classify principal components of each view's mean token, concepts and metadata by one hidden layer.
 
     See `Network` for the inputs. A missing view is one learned vector. The auxiliary heads are linear in the components
-    of their view. The hidden layer has `config.width` units. Raises ConfigError for towers that train: principal
-    components are of tokens that stay.
+    of their view. The hidden layer has `config.width` units. Raises ConfigError for towers that train, since principal
+    components need fixed tokens.
     """
 
     Settings = MlpSettings
@@ -86,7 +86,7 @@ class Mlp(Network):
 
 
 class Standardize(nn.Module):
-    """Standardize the columns (B, F) of `TabularFeatures`; a missing value is 0, as an average one, and flags stay."""
+    """Standardize the columns (B, F) of `TabularFeatures`, except for flags; missing values become 0, the average."""
 
     mean: Tensor
     deviation: Tensor
@@ -120,8 +120,8 @@ class Standardize(nn.Module):
 class MeanComponents(nn.Module):
     """Average a view's tokens, (B, L, width), and project them on K principal components, (B, K).
 
-    widths: of the parts that a token consists of, each of which gets its own up to `components` ones. used False: the
-    network does not use the view, and every lesion gets the learned vector of a missing one.
+    widths: of the parts of a token; each has up to `components` principal components of its own.
+    used: False if the network does not use the view; every lesion then gets the learned vector of a missing view.
     """
 
     center: Tensor
@@ -146,9 +146,7 @@ class MeanComponents(nn.Module):
         return torch.where(present[:, None], components, missing)
 
     def fit(self, values: Tensor) -> None:
-        """Set the principal components of each part of values (N, width), scaled to a mean variance of 1; without
-        lesions 0.
-        """
+        """Fit the principal components of each part of values (N, width), scaled to a mean variance of 1."""
         if not len(values):
             return
         row = column = 0
@@ -166,6 +164,6 @@ def _principal_components(values: Tensor, components: int) -> tuple[Tensor, Tens
     covariance = (values - center).T @ (values - center) / max(1, len(values) - 1)
     variances, directions = torch.linalg.eigh(covariance)
     basis = directions.flip(1)[:, :components]
-    basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of either sign, the same one everywhere
+    basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # fixes the sign, which is arbitrary
     variances = variances.flip(0)[:components].clamp(min=0)
     return center, basis / variances.mean().clamp(min=1e-12).sqrt()

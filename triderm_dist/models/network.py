@@ -47,11 +47,11 @@ from triderm_dist.settings import Section
 
 SHARED = "shared"
 FINE_HEAD = "fine_head."
-"""Prefix of the parameters of the head of finer labels."""
+"""Prefix of the parameters of the head for finer labels."""
 
 
 def finished_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with which a trained network predicts: without the head of finer labels, LoRA merged."""
+    """Return the weights for prediction: without the head for finer labels, and with LoRA merged."""
     return {name: tensor for name, tensor in merged(weights).items() if not name.startswith(FINE_HEAD)}
 
 
@@ -72,9 +72,9 @@ class Network(nn.Module, ABC):
 
     Settings: ClassVar[type[Section]] = Section
     reads_mean_tokens: ClassVar[bool] = False
-    """Whether `fuse` reads the mean of a view's tokens only, which is then what the token cache holds, as one token."""
+    """Whether `fuse` reads only the mean of a view's tokens; the token cache then holds the mean, as one token."""
     compiled_methods: ClassVar[tuple[str, ...]] = ()
-    """Methods that `fuse` consists of besides the fusion stages, or itself, which are compiled with the blocks."""
+    """Further methods to compile with the blocks: `fuse`, or those that it calls in addition to the fusion stages."""
 
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Network(nn.Module, ABC):
     def add_fine_head(self, labels: int) -> None:
         """Add the auxiliary head of F finer labels, a linear layer on the features, for training only.
 
-        Trained weights are kept without it (`finished_weights`). Features must be `config.width` wide.
+        `finished_weights` removes it. Features must be `config.width` wide.
         """
         self.fine_head = Head(self.config.width, labels, "softmax", self.config.dropout)
 
@@ -144,23 +144,23 @@ class Network(nn.Module, ABC):
         """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
 
     def fit_inputs(self, mean_tokens: Mapping[str, Tensor], concepts: Tensor, metadata: Tensor) -> None:
-        """Fit what is computed once, before training, from the training lesions: here nothing.
+        """Fit buffers once before training, from the training lesions. The base class has none.
 
-        Called where `reads_mean_tokens`. mean_tokens: (n, width) of the lesions that have the view, by view of the
-        task.  concepts: (N, K), metadata: (N, M), NaN where missing.
+        Called if `reads_mean_tokens`. mean_tokens: {view: (n, width) of the lesions that have it}.
+        concepts: (N, K), metadata: (N, M), NaN where missing.
         """
 
     def parameter_meanings(self) -> dict[str, Any]:
-        """Return what parameters mean beyond their name and shape, by prefix of the name; the longest prefix counts.
+        """Return {prefix of parameter names: what they depend on beyond name and shape}; the longest prefix counts.
 
-        A warm start takes a parameter only from a network in which this is equal. By default all depend on everything
-        that the task has.
+        A warm start loads a parameter only from a network with an equal meaning. By default all parameters depend on
+        everything in the task.
         """
         fields = [each.meaning() for each in self.used_fields]
         return {"": (self.signature.diagnoses, self.signature.views, self.used_views, self.used_concepts, fields)}
 
     def add_tower(self, tower: nn.Module) -> None:
-        """Put a frozen tower, pixels to tokens, into a network that was built on tokens: it then takes pixels."""
+        """Add a frozen tower to a network that was built on tokens, which then takes pixels."""
         self.holds_towers = True
         if self.used_views:
             self.towers[SHARED] = tower
@@ -171,7 +171,7 @@ class Network(nn.Module, ABC):
             cast("Tower", self.towers[key]).frozen_modules().load_state_dict(state)
 
     def skip_frozen(self) -> None:
-        """Take what the frozen blocks of the towers return instead of pixels, see `Tower.skip_frozen`."""
+        """Take the output of the towers' frozen blocks as input instead of pixels, see `Tower.skip_frozen`."""
         for tower in self._towers():
             tower.skip_frozen()
 
@@ -213,7 +213,7 @@ class Network(nn.Module, ABC):
 
     @contextmanager
     def given_tokens(self) -> Iterator[None]:
-        """Context in which `forward` takes the tokens of `encode` in the place of pixels."""
+        """Let `forward` take the tokens of `encode` instead of pixels in the block."""
         self._given_tokens = True
         try:
             yield
@@ -241,7 +241,7 @@ class Network(nn.Module, ABC):
         if not self.holds_towers or self._given_tokens or not images:
             return images
         if SHARED in self.towers:
-            # One pass over both views, so that batch norms take their statistics over both.
+            # One pass over both views, so that batch norms compute their statistics over both.
             sizes = [pixels.shape[0] for pixels in images.values()]
             tokens = self.towers[SHARED](torch.cat(list(images.values())))
             return dict(zip(images, tokens.split(sizes), strict=True))
@@ -251,7 +251,7 @@ class Network(nn.Module, ABC):
 class ViewTokens(nn.Module):
     """Normalize and project a view's tokens, (B, L, width) to (B, L, D); learned tokens where the view is missing.
 
-    used False: the network does not use the view, and every lesion gets the learned tokens.
+    used: False if the network does not use the view; every lesion then gets the learned tokens.
     """
 
     def __init__(self, shape: TokenShape, width: int, used: bool) -> None:
@@ -263,16 +263,16 @@ class ViewTokens(nn.Module):
         if self.project is None or tokens is None:
             return self.missing.expand(present.shape[0], -1, -1)
         tokens = tokens.to(self.missing.dtype)
-        # In evaluation not, so that the predictions of finished runs stay bit for bit.
+        # Not in evaluation, so that predictions of finished runs stay equal bit for bit.
         project = self._project_fixed if self.training and not tokens.requires_grad else self.project
         return torch.where(present[:, None, None], project(tokens), self.missing)
 
     def _project_fixed(self, tokens: Tensor) -> Tensor:
         """Return `self.project(tokens)` for tokens that need no gradient, up to rounding.
 
-        W (g x + b) + c = (W g) x + (W b + c), with x the tokens normalized without scale and shift: the backward pass
-        then needs the gradient of the small matrix W g alone, and not that of the normalized tokens, a matrix product
-        as large as the forward pass.
+        W (g x + b) + c = (W g) x + (W b + c), with x the tokens normalized without scale and shift. The backward pass
+        then needs only the gradient of the small matrix W g, instead of that of the normalized tokens, a matrix
+        product as large as the forward pass.
         """
         norm, linear = cast("nn.Sequential", self.project)
         assert isinstance(norm, nn.LayerNorm) and isinstance(linear, nn.Linear)

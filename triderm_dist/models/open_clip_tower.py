@@ -116,7 +116,7 @@ def _split(
     image_size: int | None,
     report: str,
 ) -> Tower:
-    """Make a tower of a visual tower of open_clip: of its timm model, or of its own ViT."""
+    """Convert a visual tower of open_clip, a timm model or a ViT, to a `Tower`."""
     if hasattr(visual, "trunk"):
         spec = InputSpec(visual.trunk.pretrained_cfg["input_size"][-1], mean, std)
         tower = split_model(visual.trunk, model_cfg["vision_cfg"]["timm_model_name"], spec, image_size, report)
@@ -147,14 +147,14 @@ def _read_config(source: str, config: Path) -> tuple[dict[str, Any], dict[str, A
 
 
 def _build_visual(model_cfg: Mapping[str, Any], quick_gelu: bool, config: Path | str) -> Any:
-    """Build open_clip's visual tower only: its public builders also build the text tower, which may ask the hub."""
+    """Build only open_clip's visual tower; its public builders also build the text tower, which may access the hub."""
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     try:
         vision = CLIPVisionCfg(**model_cfg["vision_cfg"])
         vision.timm_model_pretrained = False
         visual = _build_vision_tower(model_cfg.get("embed_dim", 512), vision, quick_gelu)
-    except Exception as error:  # whatever open_clip, timm and PyTorch raise for sizes that do not fit
+    except Exception as error:  # open_clip, timm and PyTorch raise many types for sizes that do not match
         raise InputError(f"{config}: open_clip cannot build this vision tower ({one_line(error, 160)})") from None
     if not hasattr(visual, "trunk") and (not hasattr(visual, "transformer") or visual.attn_pool is not None):
         raise InputError(

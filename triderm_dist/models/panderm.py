@@ -78,7 +78,7 @@ def load_panderm(state: Mapping[str, Tensor], file: Path, pretrained: bool = Tru
 
 
 def split_panderm(model: Any, spec: InputSpec, image_size: int | None, report: str) -> Tower:
-    """Make a tower of a model, at an input side of `image_size` (None: the model's own)."""
+    """Convert a model to a `Tower` with input size `image_size`; None keeps the model's."""
     description = {
         "width": model.embed_dim,
         "depth": len(model.blocks),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALLEST_PATCH = 8
-"""Side of the smallest patches that are embedded so."""
+"""Side of the smallest patches that are embedded as a matrix product."""
 
 
 class PatchConv2d(nn.Conv2d):
@@ -35,12 +35,12 @@ class PatchConv2d(nn.Conv2d):
         rows, columns = x.shape[2] // height, x.shape[3] // width
         x = x[:, :, : rows * height, : columns * width]
         parts = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 3, 5, 1)
-        patches = parts.to(dtype, memory_format=torch.contiguous_format).flatten(3)  # rearranged and cast in one pass
+        patches = parts.to(dtype, memory_format=torch.contiguous_format).flatten(3)  # one pass to permute and cast
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def use_linear_patches(network: nn.Module) -> None:
-    """Replace the patch embeddings of a network by matrix products, in place. Parameters and their names stay."""
+    """Replace the patch embeddings of a network by matrix products, in place. Keeps parameters and their names."""
     for name, module in [*network.named_modules()]:
         if type(module) is nn.Conv2d and _embeds_patches(module):
             parent, _, child = name.rpartition(".")

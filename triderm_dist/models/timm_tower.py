@@ -40,7 +40,7 @@ def build_timm(name: str, options: TowerOptions) -> Tower:
     download = options.pretrained and not file
     try:
         model: Any = timm.create_model(model_name, pretrained=download, num_classes=0)
-    except Exception as error:  # whatever timm and the hub's client raise
+    except Exception as error:  # timm and the hub's client raise many types
         advice = "check the network, or give the weights as timm:NAME@FILE" if download else "choose another model"
         raise InputError(
             f"timm:{model_name}: cannot be built ({one_line(error, 160, with_type=True)}); {advice}"
@@ -104,10 +104,9 @@ def _fill(model: nn.Module, name: str, file: Path) -> str:
 
 
 def split_model(model: Any, name: str, spec: InputSpec, image_size: int | None, report: str) -> Tower:
-    """Split a timm model into stem, blocks and tail, at an input side of `image_size` (None: the model's own).
+    """Split a timm model into stem, blocks and tail, with input size `image_size`; None keeps the model's.
 
-    Checks on random pixels that the parts, one after the other, compute the model's features. Raises InputError if
-    they do not.
+    Checks on random pixels that the sequence of parts computes the model's features. Raises InputError if it does not.
     """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     size = checked_size(image_size, spec.size, patch)
@@ -179,5 +178,5 @@ def _computes(chain: nn.Module, pixels: Tensor, features: Tensor) -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(chain(pixels), features, rtol=1e-4, atol=1e-5)
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # a block that needs more than the last one's output
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # a block needs more inputs than the previous output
         return False

@@ -34,9 +34,9 @@ class TokenShape(NamedTuple):
 
 
 class JoinedShape(TokenShape):
-    """The shape of one token that stands for several, side by side. parts: their widths.
+    """The shape of one token that is the concatenation of several. parts: their widths.
 
-    Called with two numbers, as `torch.export` rebuilds named tuples, it has no parts.
+    Without parts if it is called with two numbers, as `torch.export` rebuilds named tuples.
     """
 
     parts: tuple[int, ...]
@@ -71,12 +71,13 @@ class Tower(nn.Module):
 
     stem: everything before the first block (patch embedding, class token, positions, first norm); has parameters.
     blocks: the units of freezing, learning-rate decay, checkpointing and compilation.  tail: everything after the last
-    block (last norm or convolution), without parameters or not.  layout: of the tail's output, NLC tokens of which the
-    first `prefix_tokens` (class, registers) are dropped, or an NCHW or NHWC map, which is read row by row.
-    input_shape: of one photo's pixels, or of what `skip_frozen` makes the tower take.
-    architecture: text that identifies the function apart from its tensors, part of `tower_hash`.  description: what
-    `TowerSource.rebuild` builds the same architecture from, as JSON values.  report: one line on the loaded weights and
-    their source.
+    block (last norm or convolution), with or without parameters.
+    layout: of the tail's output: NLC tokens of which the first `prefix_tokens` (class, registers) are dropped, or an
+    NCHW or NHWC map, which is read row by row.
+    input_shape: of one photo's pixels, or of the input after `skip_frozen`.
+    architecture: text that identifies the function apart from its tensors, part of `tower_hash`.
+    description: JSON values from which `TowerSource.rebuild` builds the same architecture.
+    report: one line on the loaded weights and their source.
     """
 
     def __init__(
@@ -120,10 +121,10 @@ class Tower(nn.Module):
         return TokenShape(self.num_tokens, self.width)
 
     def freeze(self, num_blocks: int) -> None:
-        """Freeze the stem and the first `num_blocks` blocks, with all blocks the tail too; 0 freezes nothing.
+        """Freeze the stem and the first `num_blocks` blocks, and the tail if that is all blocks; 0 freezes nothing.
 
-        Frozen modules run without autograd, so that none of their activations are stored, and stay in evaluation mode:
-        no dropout or drop path, and batch norms keep their statistics.
+        Frozen modules run without autograd, so that their activations are not stored, and in evaluation mode: without
+        dropout and drop path, and with fixed statistics of batch norms.
         """
         self.frozen_blocks = min(num_blocks, len(self.blocks))
         for module in self._frozen():
@@ -142,7 +143,7 @@ class Tower(nn.Module):
         for block in self.blocks:
             for unit in block.modules():
                 places = [name for name in _DROP_PATHS if hasattr(unit, name)]
-                if type(unit).__name__ == "ResidualAttentionBlock":  # of open_clip, whose layer scale is in that place
+                if type(unit).__name__ == "ResidualAttentionBlock":  # of open_clip, which has layer scale instead
                     places = [name for name in ("ls_1", "ls_2") if type(getattr(unit, name)) is nn.Identity]
                 units += [(unit, places)] if places else []
         if not units:
@@ -190,7 +191,7 @@ class Tower(nn.Module):
         return nn.Sequential(*self._frozen())
 
     def skip_frozen(self) -> None:
-        """Take the output of `frozen_modules` (B, ...) instead of pixels; they stay, as part of the tower's weights."""
+        """Take the output of `frozen_modules` (B, ...) instead of pixels, but keep them among the tower's weights."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # computes shapes only
@@ -211,12 +212,12 @@ class Tower(nn.Module):
 
 
 def tower_hash(tower: Tower) -> str:
-    """Return the SHA-256 of all that a tower's tokens depend on: architecture, input size, normalization, weights."""
+    """Return the SHA-256 of all that determines a tower's tokens: architecture, input, normalization, weights."""
     return module_hash(tower, tower.architecture, tower.image_size, tower.mean, tower.std)
 
 
 def frozen_hash(tower: Tower) -> str:
-    """Return the SHA-256 of all that the output of a tower's frozen modules depends on."""
+    """Return the SHA-256 of everything that determines the output of a tower's frozen modules."""
     about = [tower.architecture, tower.image_size, tower.mean, tower.std, tower.frozen_blocks]
     return module_hash(tower.frozen_modules(), *about)
 
@@ -237,7 +238,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], *identity: object) -> str:
 
 
 class TowerOptions(NamedTuple):
-    """The settings of a tower besides its source; see `TowerConfig`."""
+    """The settings of a tower except for its source; see `TowerConfig`."""
 
     pretrained: bool = True
     image_size: int | None = None
@@ -280,6 +281,6 @@ def checked_size(image_size: int | None, own_size: int, patch: int) -> int:
 
 
 def refuse_quick_gelu(options: TowerOptions, source: str) -> None:
-    """Raise ConfigError where `quick_gelu` is set for a tower that has no such switch."""
+    """Raise ConfigError if `quick_gelu` is set for a tower without this option."""
     if options.quick_gelu is not None:
         raise ConfigError(f"tower.quick_gelu: {source} is not an open_clip ViT; remove the setting")

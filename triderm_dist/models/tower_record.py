@@ -1,10 +1,10 @@
-"""Towers as a run keeps them, so that its networks are rebuilt without a pretrained file, the hub or a cache.
+"""Records of towers in a run, from which its networks are rebuilt without a pretrained file, the hub or a cache.
 
     RUN/towers/NAME.json           settings, architecture, size and normalization of the input, shape of the tokens
     RUN/towers/NAME.safetensors    weights of a frozen tower, once for all models and folds that use it
 
 NAME is a hash of the JSON's content, which includes `tower_hash` of a frozen tower. The weights of a tower that trains
-are in those of each fold.
+are part of each fold's weights.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TowerRecord:
 
     @property
     def frame(self) -> Frame:
-        """What of a photo the tower sees, see `TowerConfig`."""
+        """The part of a photo that the tower gets, see `TowerConfig`."""
         frame: Frame = self.settings.get("frame", "square")
         return frame
 
@@ -88,7 +88,7 @@ class TowerRecord:
 
     @property
     def is_joined(self) -> bool:
-        """Whether it stands for several towers, see `JoinedTower`."""
+        """Whether it is the record of a `JoinedTower`."""
         return self.description is not None and PARTS in self.description
 
     @property
@@ -166,8 +166,9 @@ def read_tower(folder: Path, name: str) -> TowerRecord:
 
 
 def find_tower(folder: Path, config: TowerConfig, frozen: bool) -> TowerRecord | None:
-    """Return the only record in FOLDER of a tower with these settings, with or without weights; None for none or
-    several.
+    """Return the record in FOLDER of a tower with these settings; None if there are none or several.
+
+    frozen: whether the record must have weights.
     """
     records = [read_tower(folder, path.stem) for path in sorted(folder.glob("*.json"))]
     found = [each for each in records if each.is_of(config) and (each.weights is not None) == frozen]
@@ -201,8 +202,9 @@ def load_tower(folder: Path, record: TowerRecord) -> Tower:
 
 
 def _settings(config: TowerConfig) -> dict[str, Any]:
-    """Return the settings that decide which tower is built, and of its photos the frame if it is not a square,
-    which was the only one once: names of records are hashes of them.
+    """Return the settings that determine the tower, and the photos' frame unless it is square.
+
+    Names of records are hashes of these settings; earlier versions had square frames only, and did not record them.
     """
     settings = config.model_dump(include={"source", "pretrained", "image_size", "quick_gelu"})
     return settings if config.frame == "square" else {**settings, "frame": config.frame}

@@ -61,7 +61,7 @@ def _build_panderm(name: str, options: TowerOptions) -> Tower:
 
 
 def _locate_panderm(name: str, pretrained: bool) -> WeightsLocation:
-    existing_weights(Path(name))  # random weights too take their sizes from the file
+    existing_weights(Path(name))  # sizes are read from the file even for random weights
     return WeightsLocation("found", True)
 
 
@@ -91,8 +91,8 @@ def build_tower(
     pretrained: False builds the architecture with random weights.  image_size: in pixels; positions are resampled to
     it.  quick_gelu: overrides an open_clip config, which may lack this setting; the weights do not show it.
 
-    Raises CheckpointError if weights are missing, do not fill the tower or belong to another architecture,
-    InputError or ConfigError for a source that is unknown or cannot be reached.
+    Raises CheckpointError if weights are missing, incomplete or of another architecture, InputError or ConfigError for
+    a source that is unknown or cannot be reached.
     """
     kind, name = parse_source(source)
     import_timm()
@@ -100,9 +100,9 @@ def build_tower(
 
 
 def locate_weights(source: str, pretrained: bool = True) -> WeightsLocation:
-    """Find the files that a tower will be loaded from, without loading or downloading anything.
+    """Find the files of a tower, without loading or downloading anything.
 
-    Raises InputError if it is not on this machine and cannot be downloaded either, or the source is unknown.
+    Raises InputError if they are neither on this machine nor downloadable, or if the source is unknown.
     """
     kind, name = parse_source(source)
     description, is_local = kind.locate(name, pretrained)

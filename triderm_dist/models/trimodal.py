@@ -1,7 +1,7 @@
-"""The tri-modal network: dermoscopic tokens attend to clinical ones, then to concepts and metadata, then are pooled.
+"""The tri-modal network: dermoscopic tokens attend to clinical ones, then to concepts and metadata, and are pooled.
 
-A task with one view has no view alignment: that view's tokens attend to concepts and metadata. One without concepts and
-metadata has no semantic gating.
+Tasks with one view have no view alignment: that view's tokens attend to concepts and metadata. Tasks without concepts
+and metadata have no semantic gating.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training is expected to take on a GPU, by arithmetic: memory, lesions/s, and cores to decode its photos."""
+"""Estimate what a training needs on a GPU: memory, throughput, and CPU cores to decode its photos."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ PIXELS_PER_SECOND = 3750 * 384 * 288
 
 @dataclass(frozen=True)
 class Expectation:
-    """memory: GiB of tensors on a GPU.  lesions_per_s: on all GPUs, at an assumed `mfu`.  cores: that decode the photos
-    of these lesions; 0 if a training reads a cache.
+    """Estimated need of a training.
+
+    memory: GiB of tensors per GPU.  lesions_per_s: on all GPUs, at an assumed `mfu`.
+    cores: to decode the photos of these lesions; 0 if the training reads a cache.
     """
 
     memory: float
@@ -39,8 +41,8 @@ class Expectation:
         rate = f"{self.lesions_per_s:,.0f} lesions/s at an assumed MFU of {self.mfu:.0%}"
         return f"{self.memory:.1f} GiB and {rate}{decoding}"
 
-    def beside(self, memory: float, lesions_per_s: float) -> str:
-        """Compare with what was measured: peak memory in GiB, and throughput."""
+    def compare(self, memory: float, lesions_per_s: float) -> str:
+        """Compare with the measured peak memory in GiB and throughput, in one line."""
         shares = memory / self.memory, lesions_per_s / self.lesions_per_s
         return (
             f"{memory:.1f} GiB ({shares[0]:.0%} of what was expected) and {lesions_per_s:,.0f} lesions/s "
@@ -56,10 +58,10 @@ def expect(
     strategy: Strategy = "single",
     canvas: tuple[int, int] | None = None,
 ) -> Expectation:
-    """Return what a training takes on the devices of a budget.
+    """Estimate the need of a training on the devices of a budget. Takes some seconds.
 
     network: before it is wrapped.  half: under autocast to 16 bits.  canvas: width and height of the photos in the
-    shards. Takes some seconds.
+    shards.
     """
     memory = MemoryEstimate(network, config, half, budget.devices, strategy, canvas).total(config.micro_batch)
     mfu = assumed_mfu(network)
@@ -70,7 +72,7 @@ def expect(
 
 
 def assumed_mfu(network: nn.Module) -> float:
-    """Return the MFU that is assumed for a network."""
+    """Return the assumed MFU of a network."""
     in_convolutions = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Conv2d))
     mostly = in_convolutions > 0.5 * sum(parameter.numel() for parameter in network.parameters())
     return MFU_OF_CONVOLUTIONS if mostly else MFU

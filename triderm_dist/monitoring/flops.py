@@ -82,8 +82,9 @@ def named_peak(name: str) -> float | None:
 def training_flops(network: Network, backward: bool = True) -> float:
     """Count the FLOPs of one lesion's forward and backward pass in training; a multiply-add is two.
 
-    Runs one forward and backward pass on fake tensors, which have shapes but no memory; without `backward` the first
-    only. Frozen blocks count their forward pass only. Attention counts as unfused, with 4 matrix products in the
+    Runs one forward and backward pass on fake tensors, which have shapes but no memory; without `backward` only the
+    forward pass. Frozen blocks count their forward pass only. Attention counts as unfused, with 4 matrix products in
+    the
     backward pass: recomputation by a fused kernel or activation checkpointing is not credited. Call it on the bare
     network, before it is wrapped, compiled or sharded.
     """

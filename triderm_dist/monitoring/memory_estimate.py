@@ -30,19 +30,17 @@ from triderm_dist.optim import state_size
 from triderm_dist.schema import InputError, Signature
 
 WORKSPACES = 2 * 32 * 2**20
-"""Bytes that cuBLAS takes from PyTorch's allocator, for the threads of the forward and the backward pass, on a Hopper
-GPU; on others a quarter.
-"""
+"""Bytes of the cuBLAS workspaces of the forward and the backward thread on a Hopper GPU; a quarter on other GPUs."""
 
 
 class MemoryEstimate:
     """Memory of a training on a GPU, in bytes of tensors per rank.
 
-    Eager execution; compiled blocks need a little less. Without the device's context and the allocator's overhead.
+    For eager execution; compiled blocks need a little less. Without the device's context and the allocator's overhead.
 
     weights: parameters and buffers.  average: of the trained weights, 0 without one.  optimizer: its states.
-    gradients: of all trained weights.  casts: of frozen weights, which are kept.  photos: what the network reads of one
-    lesion.  decoded: the same as it comes from the loader, in uint8.
+    gradients: of all trained weights.  casts: 16-bit copies of frozen weights, which autocast keeps.
+    photos: the network's input of one lesion.  decoded: the same from the loader, in uint8.
     """
 
     def __init__(
@@ -54,8 +52,8 @@ class MemoryEstimate:
         strategy: Strategy = "single",
         canvas: tuple[int, int] | None = None,
     ) -> None:
-        """half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO is estimated as FSDP2.  canvas:
-        width and height of the photos in the shards; None leaves out what the loader has on the GPU.
+        """half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO is estimated as FSDP2.
+        canvas: width and height of the photos in the shards; None omits the loader's buffers on the GPU.
         """
         self._network, self._train, self._half = network, train, half
         self._results: dict[tuple[int, bool, bool, bool], tuple[int, int]] = {}
@@ -80,7 +78,7 @@ class MemoryEstimate:
 
     @property
     def fixed(self) -> int:
-        """Bytes that do not depend on the micro-batch: weights, their average, the optimizer's states, workspaces."""
+        """Bytes independent of the micro-batch: weights, their average, the optimizer's states, workspaces."""
         return self.weights + self.average + self.optimizer + WORKSPACES
 
     def total(self, micro_batch: int) -> int:
@@ -90,8 +88,8 @@ class MemoryEstimate:
     def step(self, micro_batch: int) -> int:
         """Return the peak of a step.
 
-        All micro-batches of a step are on the device. With several of them, and under DDP, whose gradients are parts of
-        its buffers, all gradients are there beside the activations.
+        All micro-batches of a step are on the device. With several of them, and under DDP, which allocates gradients as
+        views of its buckets, all gradients exist at the same time as the activations.
         """
         kept = self._keeps_gradients or micro_batch < self._per_rank
         photos = self.photos * max(micro_batch, self._per_rank)
@@ -111,9 +109,10 @@ class MemoryEstimate:
         return STAGES * micro_batch * self.decoded
 
     def _loading(self, micro_batch: int, before: int) -> int:
-        """Return the peak of the augmentation of a micro-batch, one view at a time, beside the batch before.
+        """Return the peak of the augmentation of a micro-batch, one view at a time. before: bytes of the previous
+        batch.
 
-        A photo is converted to float32, and reduced where a crop is much smaller, for which PyTorch copies it.
+        A photo is converted to float32, and if the crop is much smaller also reduced, for which PyTorch copies it.
         """
         if not self._canvas:
             return 0
@@ -137,8 +136,10 @@ class MemoryEstimate:
         return sizes[first_too_large - 1] if first_too_large else None
 
     def largest_of_one(self, memory: float) -> int:
-        """Return the largest batch of a step in one micro-batch that fits into `memory` bytes, whatever the settings;
-        0 if not even a few lesions fit. Between 64 and 128 lesions, and beyond, the peak is a straight line.
+        """Return the largest batch of a single micro-batch that fits into `memory` bytes; 0 if not even a few lesions
+        fit.
+
+        Interpolates: the peak is linear from 64 lesions on.
         """
         checkpointing, kept = self._train.activation_checkpointing, self._keeps_gradients
         low, high = (self._peak(n, checkpointing, kept) + n * self.photos + self._stages(n) for n in (64, 128))
@@ -147,7 +148,7 @@ class MemoryEstimate:
         return max(0, int((memory - fixed) / per_lesion))
 
     def _simulated(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> tuple[int, int]:
-        # Not `functools.cache`, which would keep the network of a training on the GPU after its end.
+        # Not `functools.cache`, which would keep the network alive on the GPU after the training.
         key = (lesions, checkpointing, kept, training)
         if key not in self._results:
             self._results[key] = _simulate(self._network, lesions, self._half, checkpointing, kept, training)
@@ -162,9 +163,9 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _gathered(network: Network) -> tuple[int, int]:
-    """Return the bytes of full trained weights that a rank holds at once under FSDP2, in a step and in evaluation.
+    """Return the bytes of unsharded trained weights per rank under FSDP2, (in a step, in evaluation).
 
-    In a step those of two blocks with their gradients, in evaluation of one block, and always all outside of blocks.
+    In a step two blocks with their gradients, in evaluation one block; in both cases all weights outside of blocks.
     """
     sizes = [_trained_bytes(block) for block in network.blocks()]
     largest, outside = max(sizes, default=0), _trained_bytes(network) - sum(sizes)
@@ -184,13 +185,13 @@ def estimate_model_memory(
     strategy: Strategy = "single",
     canvas: tuple[int, int] | None = None,
 ) -> tuple[MemoryEstimate, str]:
-    """Estimate the memory of a model of the settings; returns a note too where `network_without_weights` has one."""
+    """Estimate the memory of a model from its settings; also returns the note of `network_without_weights`."""
     network, note = bare_network(model, signature)
     return MemoryEstimate(network, model.train, half, ranks, strategy, canvas), note
 
 
 def bare_network(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
-    """Return what `network_without_weights` does, built once for all that only look at the network."""
+    """Return a cached result of `network_without_weights`, for callers that do not modify the network."""
     return _bare_network(model.model_copy(update={"train": TrainConfig()}), signature)
 
 
@@ -236,10 +237,10 @@ def _is_local(source: str) -> bool:
 def _simulate(
     network: Network, lesions: int, half: bool, checkpointing: bool, kept: bool = False, training: bool = True
 ) -> tuple[int, int]:
-    """Return the peak of the bytes that a forward pass allocates, in training with the backward pass that follows, and
-    the bytes that are there afterwards.
+    """Return the peak bytes that a forward pass (in training with its backward pass) allocates, and the bytes
+    afterwards.
 
-    Without weights and photos. kept: the gradients are there before, so that those of the pass are added to them.
+    Without weights and photos. kept: gradients exist before, and those of the pass are added to them.
     """
     with FakeTensorMode():
         tensors = [*network.parameters(), *network.buffers()]
@@ -263,7 +264,7 @@ def _simulate(
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU that is like this one; a fake one in a `FakeTensorMode`."""
+    """Return an empty tensor on the CPU with the same shape and dtype; a fake one in a `FakeTensorMode`."""
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 

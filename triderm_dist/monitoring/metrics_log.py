@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl, without importing PyTorch. JSON has no NaN and no infinity: null stands for them."""
+"""Read and format metrics.jsonl without importing PyTorch. NaN and infinity are stored as null."""
 
 from __future__ import annotations
 
@@ -34,18 +34,13 @@ _KINDS: dict[str, type[BaseModel]] = {"train": _Train, "validation": _Validation
 
 
 def metrics_line(record: Mapping[str, Any]) -> str:
-    """Return a record as a line of metrics.jsonl; what is not finite (the gradient norm of a step that fp16 skips)
-    becomes null.
-    """
+    """Return a record as a line of metrics.jsonl; non-finite values (such as an overflow under fp16) become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, empty if there is no file, without lines that are cut off or damaged.
-
-    A null is NaN.
-    """
+    """Read the records of a metrics.jsonl; [] if there is no file. Null becomes NaN; damaged lines are skipped."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:

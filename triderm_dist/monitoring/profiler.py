@@ -18,7 +18,7 @@ WARM_UP = 3
 
 @contextmanager
 def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
-    """Context that yields an object whose `.step()` must be called after every optimizer step.
+    """Profile in the block; yields an object whose `.step()` must be called after every optimizer step.
 
     Records up to `steps` steps into FOLDER/trace.json and prints how many, or that there were too few. Does nothing if
     `steps` is None or not `active`.

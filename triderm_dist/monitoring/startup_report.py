@@ -25,19 +25,20 @@ def report(
     lesions: tuple[int, int, int],
     steps: Sequence[int],
     budget: Budget | None,
+    *,
     start: int = 0,
     brief: bool = False,
     why_precision: str = "",
     why_no_graph: str = "",
     expectation: Expectation | None = None,
 ) -> str:
-    """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
-    task leaves out, and parameters by part.
+    """Format the report: strategy, precision, batch, steps, options that are off, parts of the network that the task
+    lacks, and parameters by part.
 
     network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
-    start: the step that the training resumes from.  brief: only what differs between the folds of a model.
-    why_precision: the reason, default that of `choose_precision`.  why_no_graph: why steps are not launched as a CUDA
-    graph; "" if they are.  expectation: None if there is none.
+    start: the step from which the training resumes.  brief: only what differs between the folds of a model.
+    why_precision: the reason; "" for that of `choose_precision`.
+    why_no_graph: the reason why steps do not use a CUDA graph; "" if they do.
     """
     world = accelerator.num_processes
     extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""

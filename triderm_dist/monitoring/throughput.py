@@ -34,10 +34,9 @@ class ThroughputMeter:
     def read(self, loader: Loader, step: int) -> dict[str, float]:
         """End the interval and return its values. Call on all ranks.
 
-        lesions_per_s: over all ranks.  data_wait: the largest share of the time in which the device of any rank had
-        nothing to do because data was not ready (`DataWait`).  mfu: if the peak is known.  memory_gib: the largest
-        peak memory of any rank.  seconds_left. The device must have finished the step: otherwise its time counts for
-        the next interval.
+        lesions_per_s: over all ranks.  data_wait: largest share, over ranks, of the time in which the device waited for
+        data (`DataWait`).  mfu: if the peak is known.  memory_gib: largest peak memory of any rank.  seconds_left.
+        The device must have finished the step; otherwise its time counts for the next interval.
         """
         now = time.perf_counter()
         seconds, steps = now - self._last, step - self._last_step
@@ -58,7 +57,7 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     try:
         import resource
-    except ImportError:  # of Windows: the memory in use now
+    except ImportError:  # on Windows: the memory in use now
         import psutil
 
         return psutil.Process().memory_info().rss / GIB

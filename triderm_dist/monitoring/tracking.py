@@ -88,7 +88,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
-            with naming_file(self._path):  # it may hold a line that a full disk did not take
+            with naming_file(self._path):  # closing writes the buffer, which a full disk may reject
                 self._file.close()
             self._for_each("finish")
 
@@ -114,15 +114,15 @@ class Tracker:
         for kind, tracker in list(self._trackers.items()):
             try:
                 getattr(tracker, method)(*args, **kwargs)
-            except Exception as error:  # whatever a service or its client raises
+            except Exception as error:  # services and their clients raise many types
                 del self._trackers[kind]
                 reason = one_line(error, 200, with_type=True)
                 print(wrapped(f"{self.name}: {kind} failed and is no longer used ({reason})"), flush=True)
 
 
 def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
-    """Return the class of each tracker, as `tracker_class` does, but leave out TensorBoard if it is not installed:
-    it is the default, which must not stop a training.
+    """Return the class of each tracker as `tracker_class`, without TensorBoard if it is not installed: the default
+    tracker must not stop a training.
     """
     found = any(map(is_installed, ("tensorboard", "tensorboardX")))
     return {name: tracker_class(name) for name in dict.fromkeys(names) if found or name != "tensorboard"}
@@ -144,10 +144,10 @@ def tracker_class(name: str) -> Any:
 
 
 def tracker_arguments(kind: str, name: str, group: str, folder: Path, step: int = 0) -> dict[str, Any]:
-    """Return the arguments of a tracker's class, which `train.tracker_settings` may replace or add to.
+    """Return the default arguments of a tracker's class; `train.tracker_settings` may replace or add some.
 
-    name: of the training.  group: name of its run.  folder: of the training's files.  step: that it resumes from. The
-    environment's WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_NAME (before the name) and WANDB_DIR replace the defaults;
+    name: of the training.  group: name of its run.  folder: of the training's files.  step: from which it resumes.
+    The environment's WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_NAME (before the name) and WANDB_DIR replace the defaults;
     Accelerate reads MLFLOW_EXPERIMENT_NAME and the like.
     """
     full_name = f"{group} {name}".strip()
@@ -160,7 +160,7 @@ def tracker_arguments(kind: str, name: str, group: str, folder: Path, step: int 
             "group": os.environ.get("WANDB_RUN_GROUP", group),
             "name": f"{own} {name}" if own else full_name,
             **({} if "WANDB_DIR" in os.environ else {"dir": str(folder)}),
-            # A training that resumes continues the W&B run with this id.
+            # A resumed training continues the W&B run with this id.
             "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             "resume": "allow",
         }
@@ -175,9 +175,9 @@ def log_scores(
     trackers: Sequence[str],
     tracker_settings: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Log final scores to the trackers of a run, but to TensorBoard, under the name "RUN scores". Call on rank 0.
+    """Log final scores to the trackers of a run, except for TensorBoard, under the name "RUN scores". Call on rank 0.
 
-    folder: of the run. A tracker that fails is reported by a printed line, since the scores are in the run's files too.
+    folder: of the run. A tracker that fails only prints a line, since the run's files hold the scores too.
     """
     for kind in dict.fromkeys(trackers):
         if kind == "tensorboard":
@@ -198,7 +198,7 @@ def _started(cls: Any, arguments: dict[str, Any], own: Mapping[str, Any], settin
     """
     from accelerate import PartialState
 
-    PartialState()  # which Accelerate's trackers require; the same object in a training
+    PartialState()  # required by Accelerate's trackers; a training has created it
     if REDACTED in str(own):
         raise ConfigError(
             f"train.tracker_settings.{cls.name}: saved settings hold no passwords and tokens; give them again, or "

@@ -13,11 +13,11 @@ ROWS = 40
 class TrainLines:
     """Formats the records of one training. All rows have the same columns.
 
-    Where these do not fit 80 characters, the parts of the loss are left out, then the share of time waiting for
-    data, the gradient norm and the learning rate: metrics.jsonl has them all.
+    If these exceed 80 characters, the parts of the loss are omitted, then the share of time waiting for data, the
+    gradient norm and the learning rate; metrics.jsonl has them all.
 
-    total_steps: of the training.  epochs: as many.  loss_names: parts of the loss.  mfu: records have it.  prefix:
-    before every line, where the lines of several trainings alternate.
+    total_steps, epochs: of the training.  loss_names: parts of the loss.  mfu: whether records have it.
+    prefix: of every line, to tell the lines of concurrent trainings apart.
     """
 
     def __init__(
