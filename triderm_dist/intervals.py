@@ -591,7 +591,7 @@ def _design_effect(part: np.ndarray, whole: np.ndarray, frequency: np.ndarray) -
 
 
 def _variance_of_mean(residuals: np.ndarray, groups: np.ndarray | None) -> float:
-    """Return the variance of the mean of values whose distances from it are (N,); over groups where they are given."""
+    """Return the variance of the mean of values whose distances from it are (N,); over groups if they are given."""
     sums = residuals if groups is None else np.bincount(group_numbers(groups), residuals)
     return float((sums**2).sum() / len(residuals) ** 2 * len(sums) / max(len(sums) - 1, 1))
 

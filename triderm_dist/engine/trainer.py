@@ -127,11 +127,7 @@ class Trainer:
         self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
         execution, frozen = execution_settings(config, accelerator, network), on_main(partial(_frozen_hash, network))
         self.checkpoints = Checkpoints(folder.path, folder.resume_hash, config.keep_last, execution, frozen)
-        saved = self.checkpoints.newest(on_main(folder.resumed))
-        if saved:
-            saved.load_network(network)
-        elif damaged := damaged_weight(network.named_parameters()):
-            raise CheckpointError(f"{name}: the pretrained weights are damaged: {damaged}; fetch their file again")
+        saved = self._load_newest(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         extra = int((data.train_rows >= len(data.loaders.index)).sum())
         lesions = len(data.train_rows), extra, len(data.validation_rows)
@@ -154,9 +150,7 @@ class Trainer:
                 config.gradient_precision, config.bucket_mb,
             )  # fmt: skip
         scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
-        average: WeightAverage | None = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
-        if config.swa_epochs:
-            average = EpochAverage(self.wrapped, config.epochs - config.swa_epochs)
+        average = _average(self.wrapped, config)
         self.training = Training(self.wrapped, optimizer, scheduler, average, TrainState(), untrained)
         if saved:
             saved.load_training(accelerator, self.training)

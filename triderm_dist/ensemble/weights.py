@@ -171,7 +171,7 @@ def nested_estimate(
     """Fit weights and thresholds, and choose among them, on the other folds of each fold; apply them to the fold.
 
     members_without(k): the members' (N, C), which no label of fold k has influenced.  parts_without(k): (N,) parts for
-    the inner choice, used on the rows outside k.  groups: (N,), None where each lesion is its own.
+    the inner choice, used on the rows outside k.  groups: (N,), None if each lesion is its own.
 
     In each fold, the weights of the ensemble and the best network are chosen on the other folds. Under
     `config.use=auto` the ensemble is `chosen` if it beats the network that is best over all lesions beyond the noise of

@@ -223,12 +223,12 @@ def frozen_hash(tower: Tower) -> str:
 
 
 def module_hash(module: nn.Module, *identity: object) -> str:
-    """Return the SHA-256 of a module's tensors and of values, as JSON has them, that say what it computes."""
+    """Return the SHA-256 of a module's tensors and of JSON values that identify its function."""
     return tensors_hash(module.state_dict(), *identity)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], *identity: object) -> str:
-    """Return the SHA-256 of tensors by name, in their order, and of values, as JSON has them."""
+    """Return the SHA-256 of named tensors, in their order, and of JSON values."""
     digest = hashlib.sha256(json.dumps(identity).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
