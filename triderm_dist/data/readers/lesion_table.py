@@ -87,7 +87,7 @@ def _smallest(parts: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> tuple[
 class LesionTable(Sequence[Lesion]):
     """N lesions in columns, read as `Lesion` objects.
 
-    ids: of the lesions.  paths: of all photos.  images: (N,) position in `paths` of each view's photo, -1 if it is
+    ids: of the lesions.  paths: of all photos.  images: (N,) position in `paths` of each view's photo, -1 where it is
     missing.  concepts: K columns.  metadata: M columns.  labels, fine: (N,).  groups: names of the groups.
     group: (N,) position in `groups`, -1 for a lesion without a group.
     """

@@ -115,7 +115,7 @@ def to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def samples_schema(concepts: int, metadata_fields: int, fine: bool = False) -> pa.Schema:
-    """Return the columns of samples.parquet for K concepts and M metadata fields; if there are none, no column.
+    """Return the columns of samples.parquet for K concepts and M metadata fields; where there are none, no column.
 
     fine: whether the task has finer labels.
     """

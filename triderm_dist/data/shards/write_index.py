@@ -99,7 +99,7 @@ def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
 
 
 def labeled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the hashes (N, views) of the `size_and_hash` (N, views, 3); 0 if a lesion has no label and so no
+    """Return the hashes (N, views) of the `size_and_hash` (N, views, 3); 0 where a lesion has no label and so no
     fold.
     """
     return np.where(labels[:, None] != UNLABELED, photos[..., 2], 0)
@@ -108,7 +108,7 @@ def labeled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
     """Return pairs of lesions of different groups that have the same photo.
 
-    Of many lesions with one photo, each is paired with the first. digests: hashes (N, views) of the photos, 0 if
+    Of many lesions with one photo, each is paired with the first. digests: hashes (N, views) of the photos, 0 where
     there is none. names: reads the lesion ids and groups, if needed.
     """
     flat = np.sort(digests, axis=None)
