@@ -28,7 +28,8 @@ from benchmarks.gpu_cells import (
     synchronize,
 )
 from triderm_dist.config import ModelConfig, StackConfig
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.threads import openmp_threads

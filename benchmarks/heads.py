@@ -117,7 +117,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from triderm_dist.config import ModelConfig, TowerConfig
-    from triderm_dist.data.loader import LoaderFactory, PhotoSource
+    from triderm_dist.data.loader import LoaderFactory
+    from triderm_dist.data.photo_source import PhotoSource
     from triderm_dist.distributed import parallel
     from triderm_dist.engine import bench
     from triderm_dist.models import build_network, build_towers
@@ -159,8 +160,8 @@ def token_source(folder: Path, lesions: int, shape: tuple[int, ...], means: bool
     """Return a source of random tokens, or of outputs of frozen blocks, of this shape, written once."""
     import numpy as np
 
-    from triderm_dist.data.loader import TokenSource
     from triderm_dist.data.token_cache import TokenCache
+    from triderm_dist.data.token_source import TokenSource
 
     versions, generator = ["plain", "augmented-00"], np.random.default_rng(0)
     whole = cache = TokenCache(folder, lesions, shape)

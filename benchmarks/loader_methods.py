@@ -19,12 +19,14 @@ import torch
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import LesionRng
-from triderm_dist.data.loader import Fetched, Loader, PhotoSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.reader import FolderShards
 from triderm_dist.data.threads import Decoders
+from triderm_dist.data.view_source import Fetched
 from triderm_dist.distributed.malloc import disable_malloc_trim
 
 CPU, HALF = torch.device("cpu"), (0.5,) * 3

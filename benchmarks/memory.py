@@ -148,7 +148,8 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
     if case.strategy != "single":
         _pretend_ranks(case.strategy)
     from triderm_dist.config import Experiment, load
-    from triderm_dist.data.loader import LoaderFactory, PhotoSource
+    from triderm_dist.data.loader import LoaderFactory
+    from triderm_dist.data.photo_source import PhotoSource
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.bench import synthetic_shards

@@ -163,7 +163,7 @@ def _short(value: float) -> str:
 def as_rank(config: RankFiles, folder: Path) -> None:
     """Open, plan and read as the rank that the environment names; print the requests of each phase."""
     from triderm_dist.config import DataConfig, RemoteConfig
-    from triderm_dist.data.loader import PhotoSource
+    from triderm_dist.data.photo_source import PhotoSource
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.data.shards import remote
     from triderm_dist.data.shards.open import open_index

@@ -401,7 +401,8 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
     """Measure throughput and data wait of the toolkit's loop on synthetic photos."""
     import torch
 
-    from triderm_dist.data.loader import LoaderFactory, PhotoSource
+    from triderm_dist.data.loader import LoaderFactory
+    from triderm_dist.data.photo_source import PhotoSource
     from triderm_dist.distributed import parallel
     from triderm_dist.engine import bench
     from triderm_dist.models import build_network, build_towers

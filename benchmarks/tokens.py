@@ -22,7 +22,8 @@ from torch import Tensor
 from triderm_dist.cli import run
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.host_augment import HostTransform
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel

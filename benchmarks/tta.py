@@ -25,7 +25,8 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import ModelConfig
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards

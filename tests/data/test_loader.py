@@ -11,16 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data import loader
-from triderm_dist.data.augment import PhotoTransform
+from triderm_dist.data import loader, photo_source
 from triderm_dist.data.host_augment import opencv
-from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, decode_into, fit_to_canvas
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.data.token_source import TokenSource
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 CPU = torch.device("cpu")
@@ -131,44 +132,6 @@ def test_canvas_is_the_most_frequent_photo_size(make_challenge, tmp_path):
     assert all(batch.clinical.shape == (4, 3, 24, 24) for step in steps for batch in step.micro_batches)
 
 
-def ramp(height: int, width: int) -> np.ndarray:
-    """Return an image with red increasing downwards and green to the right, from 0 to 250; blue is constant."""
-    down, right = np.mgrid[:height, :width]
-    channels = [250 * down / (height - 1), 250 * right / (width - 1), np.full((height, width), 9)]
-    return np.stack(channels, 2).round().astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    "size", [(36, 48), (48, 36), (72, 96), (18, 24), (40, 40), (30, 31), (36, 90), (24, 96), (91, 36)]
-)
-@pytest.mark.parametrize("canvas", [(36, 48), (48, 36), (36, 36), (24, 72)])
-def test_resized_photo_keeps_its_center_crop(size, canvas):
-    """The center crop used in evaluation is that of the original photo, up to a rotation by 90 degrees."""
-    photo = ramp(*size)
-    fitted = fit_to_canvas(photo, *canvas)
-    assert fitted.shape == (*canvas, 3) and fitted.dtype == np.uint8
-    is_rotated = (size[0] - size[1]) * (canvas[0] - canvas[1]) < 0
-    if is_rotated:
-        photo = np.rot90(photo)
-    seen, own = (
-        PhotoTransform(24, AugmentConfig())(torch.from_numpy(array.copy())[None], "clinical")[0] * 250
-        for array in (fitted, photo)
-    )
-    assert (rotated_back(seen, own) - own).abs().max() < 8  # about the difference of one pixel
-
-
-def rotated_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Undo a rotation by 90 degrees in either direction."""
-    return min((seen, torch.rot90(seen, 2, (1, 2))), key=lambda pixels: float((pixels - own).abs().mean()))
-
-
-def test_padding_is_reflected():
-    fitted = fit_to_canvas(ramp(40, 40), 40, 60)
-    assert np.array_equal(fitted[:, 10:50], ramp(40, 40))
-    assert np.array_equal(fitted[:, :10], fitted[:, 10:20][:, ::-1])
-    assert np.array_equal(fitted[:, 50:], fitted[:, 40:50][:, ::-1])
-
-
 class Copies(TorchDispatchMode):
     """Records whether copies to the meta device block the host."""
 
@@ -217,16 +180,6 @@ def test_truncated_and_vanished_shards_are_named(index):
     path.unlink()
     with pytest.raises(DataError, match=rf"{path.name}: No such file or directory, while reading; restore the file"):
         steps_of(index, PhotoSource(index, 24, *HALF))
-
-
-@pytest.mark.parametrize("size", [(36, 48), (48, 36), (35, 48), (18, 24), (24, 90), (72, 96), (36, 49)])
-def test_photo_of_any_size_is_decoded_into_the_canvas(size):
-    data = simplejpeg.encode_jpeg(ramp(*size), quality=95)
-    out = np.empty((36, 48, 3), np.uint8)
-    decode_into(out, memoryview(data))
-    assert np.array_equal(out, fit_to_canvas(simplejpeg.decode_jpeg(data), 36, 48))
-    with pytest.raises(ValueError, match=r"(?i)jpeg"):
-        decode_into(out, data[: len(data) // 2])
 
 
 def test_views_of_a_source_are_read_without_the_others(index):
@@ -314,5 +267,5 @@ def test_smaller_requests_reuse_the_buffers_of_the_largest(index):
             assert [len(view) for view in fetched.views] == [number, number]
             addresses.append(fetched.views[0].data_ptr())
             source.finish(fetched, CPU, None)
-    ring = 1 + loader.SPARE_BUFFERS
+    ring = 1 + photo_source.SPARE_BUFFERS
     assert addresses == [addresses[i % ring] for i in range(7)] and len(set(addresses)) == ring

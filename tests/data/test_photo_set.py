@@ -11,8 +11,9 @@ from PIL import Image
 
 from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet, PhotoSetSource
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.schema import VIEWS, DataError

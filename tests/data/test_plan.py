@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.order import COUNTS, gaps, guaranteed_gaps, measure, samples_of
 from tests.data.shards.test_index_foreign import write_foreign
-from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, Samples, Sampling, repeat_factors
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.index_foreign import index_shards

@@ -12,11 +12,13 @@ from tests.data.shards.faulty_server import serve
 from tests.union_sets import AGE, MAIN, MAP, OTHER, extra_config, main_set, other_set, pack_set, row_of
 from triderm_dist.config import AugmentConfig, RemoteConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
-from triderm_dist.data.loader import Loader, PhotoSource, TokenSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.open import open_index
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.data.token_source import TokenSource
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource, match_extra_set
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, TaskColumns, View
 

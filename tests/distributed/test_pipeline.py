@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from tests.processes import finish, is_free, launch, start, wait_for, without_root
 from tests.test_run_folder import hashes
 from triderm_dist.config import Experiment, load, load_run
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate

@@ -11,7 +11,8 @@ from benchmarks.scaling import Exchange, Network, exchanges, sent
 from tests.processes import WORKERS, launch
 from tests.small_tasks import FINE, TASKS
 from triderm_dist.config import AugmentConfig, LoraConfig
-from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.engine.bench import synthetic_shards

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate, evaluate_hidden

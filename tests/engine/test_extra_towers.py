@@ -11,7 +11,8 @@ import torch
 
 from tests.union_sets import MAIN, OTHER, pack_set
 from triderm_dist.config import CONFIG_FILE, Experiment, load, save
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.parallel import start_inference
 from triderm_dist.doctor.networks import Place, network_findings

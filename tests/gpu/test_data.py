@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from simplejpeg import decode_jpeg
 
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
 from triderm_dist.schema import VIEWS
 

@@ -12,8 +12,9 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import AUGMENTATIONS
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.mixing import Mixing
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.upload import DataWait, HostCopy, Upload, read_behind

@@ -24,7 +24,8 @@ from triderm_dist.commands.export import ExportRun, main
 from triderm_dist.commands.predict import PredictRun
 from triderm_dist.commands.predict import main as predict
 from triderm_dist.config import CONFIG_DIR, Experiment, load_run
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import read_info, save_weights, write_info
 from triderm_dist.engine.fold import fold_tower

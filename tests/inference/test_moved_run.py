@@ -20,7 +20,8 @@ from tests.inference.use_run import use
 from tests.processes import HANG_SECONDS, ROOT, drop_root
 from triderm_dist.cli import read_settings
 from triderm_dist.commands import embed
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.ensemble.stack_inputs import read_embeddings
 from triderm_dist.files import file_sha256

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from triderm_dist.config import AugmentConfig
+from triderm_dist.data.canvas import fit_to_canvas
 from triderm_dist.data.lesions import LesionInputs
-from triderm_dist.data.loader import CanvasSource, fit_to_canvas
 from triderm_dist.data.photo_formats import describe_error, read_photo
+from triderm_dist.data.photo_source import CanvasSource
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.photos import PhotoError, prepare_pixels
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task, one_line

@@ -19,9 +19,9 @@ import torch
 from triderm_dist.config import ExtraSetConfig
 from triderm_dist.data.augment import LesionRng, to_device
 from triderm_dist.data.lesions import LesionInputs, one_hot
-from triderm_dist.data.loader import Fetched, ViewSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.threads import Decoders
+from triderm_dist.data.view_source import Fetched, ViewSource
 from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField, did_you_mean
 
 MAX_NAMED_GROUPS = 5

@@ -164,7 +164,8 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     import numpy as np
     import torch
 
-    from triderm_dist.data.loader import JOB_LESIONS, PhotoSource
+    from triderm_dist.data.photo_source import PhotoSource
+    from triderm_dist.data.view_source import JOB_LESIONS
 
     source = PhotoSource(index, 224, (0.0,) * 3, (1.0,) * 3)
     rows = np.random.default_rng(0).permutation(len(index))

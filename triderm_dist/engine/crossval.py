@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import Experiment, ModelConfig, TrainConfig
-from triderm_dist.data.loader import CanvasSource
+from triderm_dist.data.photo_source import CanvasSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import is_main, on_main

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 
 from triderm_dist.config import Experiment
-from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.data.token_source import TokenSource
 from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank, on_main
 from triderm_dist.engine.fold import check_task, model_config

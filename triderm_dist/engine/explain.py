@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from triderm_dist.config import Experiment, ModelConfig
-from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index

@@ -16,10 +16,12 @@ from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data import host_augment
 from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.lesions import Lesions
-from triderm_dist.data.loader import JointSource, LoaderFactory, PhotoSource, TokenSource
+from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import note_on_open_files
 from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
+from triderm_dist.data.token_source import JointSource, TokenSource
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.engine.extra_towers import ExtraTower, join_towers

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from triderm_dist.data.augment import LesionRng, dihedral
-from triderm_dist.data.loader import Fetched, LoaderFactory
+from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet, PhotoSetSource
 from triderm_dist.data.problems import Problem
+from triderm_dist.data.view_source import Fetched
 from triderm_dist.distributed.out_of_memory import with_smaller_batches
 from triderm_dist.engine.evaluate import Evaluation, mean_outputs
 from triderm_dist.engine.explain import maps_of

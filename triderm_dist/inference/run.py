@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from triderm_dist.config import Networks
-from triderm_dist.data.loader import fit_to_canvas
+from triderm_dist.data.canvas import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.cells import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError, describe_changes

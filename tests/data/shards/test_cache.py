@@ -25,7 +25,8 @@ from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS, wait_for
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import reader

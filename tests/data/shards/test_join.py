@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.conftest import Challenge
 from tests.data.shards.test_index_foreign import write_foreign
-from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge

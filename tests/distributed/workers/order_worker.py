@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import open_index
