@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Settings(Section):
     lesions: int = Field(4717, ge=500, description="lesions of the first size")
     models: int = Field(5, ge=1, le=9, description="networks")
     many: int = Field(1_000_000, ge=500, description="lesions of the second size")
+    group_size: int = Field(1, ge=1, description="lesions of a group, on average; sizes are 1 + a Poisson number")
     resamples: int = Field(1000, ge=10, description="ensemble.bootstrap")
     part: str = Field("few,many", description="sizes to measure, comma-separated")
     profile: bool = Field(False, description="print where the time of each report goes")
@@ -72,7 +74,7 @@ def main(settings: Settings) -> None:
 
 def write_few(folder: Path, settings: Settings, names: tuple[str, ...]) -> None:
     """Write a run with all that a report reads, and stack it."""
-    table = out_of_fold(settings.lesions, names, features=0)
+    table = in_groups(out_of_fold(settings.lesions, names, features=0), settings.group_size)
     write_oof(folder / OOF_FILE, table)
     for name in names:
         for fold in range(5):
@@ -96,7 +98,7 @@ def write_many(folder: Path, few: Path, settings: Settings, names: tuple[str, ..
         shutil.copy(file, folder / file.name)
     fit = json.loads((few / ENSEMBLE_FILE).read_text(encoding="utf-8"))
     write_checked_json(folder / ENSEMBLE_FILE, {**fit, "lesions": settings.many})
-    table = out_of_fold(settings.many, names, features=0)
+    table = in_groups(out_of_fold(settings.many, names, features=0), settings.group_size)
     write_oof(folder / OOF_FILE, table)
     odds = [np.exp(table.logits[name]) for name in names]
     probabilities = np.mean([each / each.sum(axis=1, keepdims=True) for each in odds], axis=0)
@@ -104,6 +106,18 @@ def write_many(folder: Path, few: Path, settings: Settings, names: tuple[str, ..
         table.lesion_ids, table.labels, table.folds, probabilities, argmax_decisions(probabilities), probabilities
     )
     write_nested(folder / NESTED_FILE, rows)
+
+
+def in_groups(table: OofTable, size: int) -> OofTable:
+    """Return the table with lesions in groups, each in one fold."""
+    if size == 1:
+        return table
+    sizes = 1 + np.random.default_rng(0).poisson(size - 1, len(table))
+    number = np.repeat(np.arange(len(table)), sizes)[: len(table)]
+    folds = number % 5
+    hashes = {name: np.array([f"{name}-{fold}" for fold in range(5)], object)[folds] for name in table.models}
+    groups = np.array([f"patient-{each:07d}" for each in number], object)
+    return replace(table, groups=groups, folds=folds, hashes=hashes)
 
 
 def _hidden(table: OofTable, name: str, fold: int) -> Predictions:

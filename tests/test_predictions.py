@@ -13,6 +13,7 @@ from triderm_dist.predictions import (
     NO_FOLD,
     TEST,
     DataSplit,
+    OofFile,
     OofTable,
     PredictionFile,
     average_test,
@@ -132,10 +133,14 @@ def test_gathering_in_chunks_equals_gathering_row_by_row(run, tmp_path: Path, sm
                 else:
                     np.testing.assert_array_equal(value, given[number])
     some = [ids[7], ids[3], ids[90]]
-    assert_equal_tables(read_oof(tmp_path / "oof.parquet", True, some), read.take(np.array([7, 3, 90])))
+    file = OofFile(tmp_path / "oof.parquet")
+    assert_equal_tables(file.table(True, some), read.take(np.array([7, 3, 90])))
+    assert_equal_tables(file.table(True), read)
+    np.testing.assert_array_equal(file.table(logits_only=True).logits["trimodal"], read.logits["trimodal"])
+    assert file.table(logits_only=True).aux_clinical["trimodal"].shape == (LESIONS, 0)
     assert read_oof(tmp_path / "oof.parquet").features["trimodal"].shape == (LESIONS, 0)
     with pytest.raises(DataError, match="has no lesion stranger"):
-        read_oof(tmp_path / "oof.parquet", lesion_ids=["stranger"])
+        file.table(lesion_ids=["stranger"])
 
 
 def test_a_table_of_one_row_group_and_its_checksums_in_its_schema_is_read(run, tmp_path: Path) -> None:

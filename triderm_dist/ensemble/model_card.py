@@ -26,7 +26,7 @@ from triderm_dist.ensemble.run_files import (
 )
 from triderm_dist.environment import ENVIRONMENT_FILE, read_environment
 from triderm_dist.files import write_text
-from triderm_dist.predictions import read_oof
+from triderm_dist.predictions import OofFile
 from triderm_dist.schema import MetadataField, Task
 from triderm_dist.tasks import DATA_LICENSES
 
@@ -195,7 +195,7 @@ class _Card:
 
     def _groups(self) -> np.ndarray:
         """Return the patient of each row of the nested estimate."""
-        table = read_oof(self.folder / OOF_FILE, logits_only=True)
+        table = OofFile(self.folder / OOF_FILE).scalars
         group_of = dict(zip(table.lesion_ids, table.groups, strict=True))
         return np.array([group_of.get(lesion, lesion) for lesion in self.rows.lesion_ids], object)
 

@@ -17,6 +17,7 @@ from triderm_dist.predictions.files import (
 from triderm_dist.predictions.gathering import DataSplit
 from triderm_dist.predictions.oof import (
     PARTS,
+    OofFile,
     average_test,
     concatenate_tables,
     find_predictions,
@@ -41,6 +42,7 @@ __all__ = [
     "PARTS",
     "TEST",
     "DataSplit",
+    "OofFile",
     "OofTable",
     "PredictionFile",
     "Predictions",

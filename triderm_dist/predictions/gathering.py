@@ -154,6 +154,10 @@ class _Part:
         self.heads, self.head_of = tuple(distinct["head"]), joined["head"]
         self.rows = np.empty(0, np.int64)
 
+    def drop_scalars(self) -> None:
+        """Free the memory of what is needed for checks and merging only."""
+        del self.lesion_ids, self.groups, self.labels, self.fold, self.hashes, self.hash_of, self.heads, self.head_of
+
 
 class Gathered:
     """Checked prediction files whose outputs are still to be read.
@@ -182,6 +186,8 @@ class Gathered:
         assert checks is not None
         self._feature_widths: dict[str, int] = {}
         self.scalars = self._merge(models, checks)
+        for part in self._parts:
+            part.drop_scalars()
         if data is not None and data.task is not None:
             if not self.scalars.task.matches(data.task):
                 name = self.scalars.task.name

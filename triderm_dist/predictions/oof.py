@@ -115,31 +115,44 @@ def _write_oof(
                 file.write(pa.table(columns).replace_schema_metadata(header))
 
 
-def read_oof(
-    path: Path, features: bool = False, lesion_ids: Sequence[str] | None = None, logits_only: bool = False
-) -> OofTable:
-    """Read what `write_oof` wrote, without the wide fused features, which are then (N, 0), unless asked for; or only
-    the logits.
+def read_oof(path: Path, features: bool = False) -> OofTable:
+    """Read what `write_oof` wrote; see `OofFile`."""
+    return OofFile(path).table(features)
 
-    A group gets the first id of its lesions as its name, so that nothing depends on the names in the file: hashes of
-    patient ids under another salt give the same stacker. lesion_ids: read the outputs of these lesions only, in this
-    order. Raises DataError naming the file, also for leaks (`gather`) and a lesion that it lacks.
+
+class OofFile:
+    """An out-of-fold table in a file, which is checked when it is opened.
+
+    scalars: the table without outputs. A group has the first id of its lesions as its name, so that nothing depends on
+    the names in the file: hashes of patient ids under another salt give the same stacker. Raises DataError naming the
+    file, also for leaks (`gather`).
     """
-    file = PredictionFile(path)
-    if file.split != OUT_OF_FOLD:
-        raise DataError(f"{path}: holds {file.split} predictions, expected the out-of-fold table")
-    if not file.rows:
-        raise DataError(f"{path}: has no rows; run triderm crossval first")
-    gathered = Gathered([file], None, None)
-    table = replace(gathered.scalars, groups=_named_by_lesion(gathered.scalars.groups, gathered.scalars.lesion_ids))
-    gathered.scalars = table
-    keys = OUTPUTS[:1] if logits_only else OUTPUTS if features else OUTPUTS[:3]
-    if lesion_ids is None:
-        return gathered.table(keys)
-    row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
-    if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
-        raise DataError(f"{path}: has no lesion {absent[0]}; run triderm crossval again")
-    return gathered.table(keys, np.array([row_of[lesion] for lesion in lesion_ids], np.int64))
+
+    def __init__(self, path: Path) -> None:
+        file = PredictionFile(path)
+        if file.split != OUT_OF_FOLD:
+            raise DataError(f"{path}: holds {file.split} predictions, expected the out-of-fold table")
+        if not file.rows:
+            raise DataError(f"{path}: has no rows; run triderm crossval first")
+        self.path, self._gathered = path, Gathered([file], None, None)
+        scalars = self._gathered.scalars
+        self.scalars = replace(scalars, groups=_named_by_lesion(scalars.groups, scalars.lesion_ids))
+        self._gathered.scalars = self.scalars
+
+    def table(
+        self, features: bool = False, lesion_ids: Sequence[str] | None = None, logits_only: bool = False
+    ) -> OofTable:
+        """Read the table without the wide fused features, which are then (N, 0), unless asked for; or only the logits.
+
+        lesion_ids: of these lesions only, in this order. Raises DataError naming the file for a lesion that it lacks.
+        """
+        keys = OUTPUTS[:1] if logits_only else OUTPUTS if features else OUTPUTS[:3]
+        if lesion_ids is None:
+            return self._gathered.table(keys)
+        row_of = {lesion: row for row, lesion in enumerate(self.scalars.lesion_ids)}
+        if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
+            raise DataError(f"{self.path}: has no lesion {absent[0]}; run triderm crossval again")
+        return self._gathered.table(keys, np.array([row_of[lesion] for lesion in lesion_ids], np.int64))
 
 
 def _named_by_lesion(groups: np.ndarray, lesion_ids: np.ndarray) -> np.ndarray:

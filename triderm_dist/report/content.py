@@ -39,7 +39,7 @@ from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.predictions import read_oof, read_predictions
+from triderm_dist.predictions import OofFile, read_predictions
 from triderm_dist.report.calibration import EnsembleCalibration
 from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
 from triderm_dist.report.discrimination import Discrimination
@@ -130,7 +130,8 @@ class Content:
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
         self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
-        table = read_oof(self.folder / OOF_FILE, logits_only=True)
+        self._oof = OofFile(self.folder / OOF_FILE)
+        table = self._oof.table(logits_only=True)
         check_task(self.folder, table.task)
         check_weights(self.folder, table.hashes.items())
         if not np.array_equal(table.lesion_ids, self.rows.lesion_ids):
@@ -325,7 +326,7 @@ class Content:
             return None
         rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:CONTRIBUTION_LESIONS])
         features = (self.folder / ALIGNMENTS_FILE).exists()
-        table = read_oof(self.folder / OOF_FILE, features, lesion_ids=self.table.lesion_ids[rows].tolist())
+        table = self._oof.table(features, self.table.lesion_ids[rows].tolist())
         given = stacker_columns(self.folder, self.stacker.extra, table, self.networks)
         columns = self.stacker.reduce(given)
         values = self.stacker.model.contributions(columns)
