@@ -1,12 +1,12 @@
-"""How the blocks of a network run in training: weights cast in one launch, activation checkpointing, torch.compile.
+"""Prepare the blocks of a network for training: grouped casts of weights, activation checkpointing, torch.compile.
 
 `prepare_blocks` replaces the `forward` of each block of a network, from the inside out:
 
 1. torch.compile, block by block, so that compile time does not grow with depth and no key of the state dict changes;
-2. under autocast, the weights of linear layers and convolutions are cast together, in one launch for the block instead
-   of one for each tensor, and their gradients too. The result is that of autocast, bit for bit. Those of frozen weights
-   are kept: the parameters stay as they were loaded, and are what is saved;
-3. activation checkpointing, which repeats 1 and 2 in the backward pass.
+2. under autocast, the weights of linear layers and convolutions are cast together, in one kernel per block instead of
+   one per tensor, and so are their gradients. Results equal those of autocast bit for bit. Casts of frozen weights are
+   kept; the parameters themselves, which are saved, do not change;
+3. activation checkpointing, which recomputes 1 and 2 in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from triderm_dist.models.network import Head, Network
 
 RECOMPILE_LIMIT = 128
-"""Graphs that the compiler keeps for one function. All blocks that share a `forward`, such as the stages of a CNN,
-count together, each with up to three graphs (training, first pass, evaluation). Beyond the limit, by default 8, blocks
-run eagerly.
+"""Largest number of compiled graphs per function. All blocks that share a `forward`, such as the stages of a CNN, share
+this limit, each with up to three graphs (training, first pass, evaluation). Beyond it (default 8) blocks run eagerly.
 """
 _CAST = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-"""Modules of which autocast casts all parameters."""
+"""Modules whose parameters autocast casts."""
 
 Forward = Callable[..., Any]
 
@@ -48,11 +47,11 @@ def prepare_blocks(
     trained = set(map(id, network.blocks()))
     for module in (inner for block in network.blocks() for inner in block.modules()):
         if isinstance(module, nn.SiLU):
-            module.inplace = False  # autograd would copy the input first, for it needs that
+            module.inplace = False  # in place, autograd would copy the input first, which it needs
     for block in network.all_blocks():
         forward: Forward = block.forward
         if compile_blocks:
-            # Shapes never change, since the last batch is padded.
+            # Shapes are static, since the last batch is padded.
             forward = torch.compile(forward, dynamic=False, backend=backend)
         forward = _with_cast_weights(block, forward)
         if activation_checkpointing and id(block) in trained:
@@ -70,20 +69,20 @@ def checkpointed(forward: Forward) -> Forward:
 
 
 def _configure_compiler() -> None:
-    """Set what holds for the process. Imports the compiler, which takes seconds."""
+    """Set process-wide options of torch.compile. Imports the compiler, which takes seconds."""
     import torch._dynamo
 
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(RECOMPILE_LIMIT, getattr(config, name)))
     config.accumulated_recompile_limit = max(2 * RECOMPILE_LIMIT, config.accumulated_recompile_limit)
-    # Otherwise blocks are cut at the bounds of DDP's buckets. Gradients are reduced behind the backward pass anyway,
-    # since each block is a graph of its own.
+    # DDP's optimizer would split blocks at bucket boundaries. Blocks are separate graphs, so that gradients are reduced
+    # during the backward pass anyway.
     config.optimize_ddp = False
 
 
 def _with_cast_weights(block: nn.Module, forward: Forward) -> Forward:
-    """Return `forward` of a block, which under autocast gets the block's weights cast in one launch."""
+    """Return `forward` of a block with its weights cast in one kernel under autocast."""
     places = _places(block)
     if not places:
         return forward
@@ -108,9 +107,9 @@ def _with_cast_weights(block: nn.Module, forward: Forward) -> Forward:
 
 
 def _places(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return where the parameters of a block are registered that autocast casts: (dictionary of a module, name).
+    """Return (parameters of a module, name) of each parameter of a block that autocast casts.
 
-    Those of a `Head`, which computes in float32, are not; nor those that a parametrization (LoRA) computes.
+    Excludes those of a `Head`, which computes in float32, and those that a parametrization (LoRA) computes.
     """
     exact = {id(inner) for head in block.modules() if isinstance(head, Head) for inner in head.modules()}
     return [
@@ -151,7 +150,7 @@ class _KeptCasts:
 
 
 class _CastTogether(torch.autograd.Function):
-    """Cast tensors, and in the backward pass their gradients, each in one launch on a GPU."""
+    """Cast tensors, and their gradients in the backward pass, in one kernel each on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:

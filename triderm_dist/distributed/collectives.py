@@ -1,4 +1,4 @@
-"""Collectives over all ranks, and what happens when a rank is lost."""
+"""Collectives over all ranks, and errors when a rank is lost."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def is_main() -> bool:
 
 @contextmanager
 def interrupt_on_lost_rank() -> Iterator[None]:
-    """Context or decorator for code with collectives.
+    """Context manager or decorator for code with collectives.
 
-    Raises Interrupted if another rank died, or did not answer within rank_timeout after the work had begun, and
-    InputError for faults of the backends that running again would not mend (see `heartbeat`). Other errors of this rank
-    are told to the others, which then end with the same exit code.
+    Raises Interrupted if another rank died, or did not answer within rank_timeout after the first progress, and
+    InputError for permanent faults of the backends (see `heartbeat`). Sends other errors of this rank to the other
+    ranks, which then end with the same exit code.
     """
     try:
         yield
@@ -55,7 +55,7 @@ def interrupt_on_lost_rank() -> Iterator[None]:
 
 
 def _before_contact(error: Exception) -> InputError:
-    """Return what a backend's error means where the ranks have never reached one another."""
+    """Return the error to raise if the ranks have never reached each other."""
     what = permanent_fault(error) or f"the ranks did not reach one another ({reason_of(error)}); {DOCTOR}"
     return InputError(f"rank {rank()}: {what}")
 
@@ -79,7 +79,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensors (n, ...) of all ranks, of equal shape, one after the other on rank 0, None on the others."""
+    """Concatenate the tensors (n, ...) of all ranks, of equal shape, on rank 0; return None on the others."""
     if not is_distributed():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
@@ -92,14 +92,15 @@ T = TypeVar("T")
 
 @functools.cache
 def gloo_group() -> Any:
-    """Return the group of all ranks over gloo, for tensors on the CPU and what the host decides."""
+    """Return the gloo group of all ranks, for tensors on the CPU."""
     beat = heartbeat.current()
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=beat.timeout) if beat else None)
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and broadcast its result; call on all ranks. InputError, Busy and OSError are raised on all
-    of them, so that none waits for rank 0, or for the device.
+    """Run `work` on rank 0 and broadcast its result. Call on all ranks.
+
+    Raises InputError, Busy and OSError of `work` on all ranks, so that no rank waits for rank 0.
     """
     outcome: list[Any] = [None, None]
     if is_main():

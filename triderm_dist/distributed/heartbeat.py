@@ -1,12 +1,11 @@
-"""Heartbeats of the ranks through the store of their process group, and how each of them ended.
+"""Heartbeats of the ranks through the store of their process group, to detect ranks that were lost or have failed.
 
-A thread of each rank writes a number to the store every `BEAT_SECONDS`, reads the number of the next rank (after the
-last one, of rank 0), and what any rank wrote about one that is lost or has failed; so the traffic grows only with the
-number of ranks. It ends the process where the main thread cannot: one that waits for the device does so forever, once
-a rank that NCCL needs is lost.
+A thread of each rank writes a counter to the store every `BEAT_SECONDS`, reads the counter of the next rank (rank 0
+after the last one), and reads notes of other ranks on lost or failed ranks; traffic is linear in the number of ranks.
+The thread ends the process if the main thread cannot: after NCCL has lost a rank, it waits for the device forever.
 
-Exit codes: 3 where a rank was lost, or after progress; 2 where a rank failed for a reason of its own, or where all of
-them run and have never got through a step, which another start would not change.
+Exit codes: 3 if a rank was lost, or for any failure after progress; 2 if a rank failed by its own error, or if all
+ranks run without ever completing a step, which a restart would not change.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from triderm_dist.schema import InputError
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 12.0
-"""A rank without a heartbeat for so long has probably died; `rank_timeout` decides."""
+"""A rank without a heartbeat for this time has probably died; `rank_timeout` decides."""
 ANSWER_SECONDS = 12.0
 """Time for the store to answer a request."""
 LEAVE_SECONDS = 20.0
-"""Time for the main thread to end by itself, once the thread knows that a rank is lost."""
+"""Time for the main thread to end by itself after the heartbeat thread has found a lost rank."""
 ENDED = b"ended"
 STORE_HOST = "the host of the store, rank 0,"
 RESUME = "when all hosts are back, rerun the same command to resume from the last checkpoint"
@@ -45,7 +44,7 @@ _progress = threading.Event()
 
 
 def note_progress() -> None:
-    """Note that all ranks got through a step, or another part of the work, since this process started."""
+    """Record that all ranks completed a step, or another unit of work, since this process started."""
     _progress.set()
 
 
@@ -70,8 +69,8 @@ class Heartbeat:
     def __init__(
         self, store: Any, rank: int, world: int, timeout: float, device_error: Callable[[], str] | None = None
     ) -> None:
-        """store: a connection of its own, for requests of `_Store`.  timeout: see `rank_timeout`.
-        device_error: returns what a backend of the device reports, "" for nothing; by default that of NCCL.
+        """store: a separate connection, for `_Store`.  timeout: see `rank_timeout`.
+        device_error: returns the error that the device's backend reports, "" for none; default: that of NCCL.
         """
         self.store, self.rank, self.world, self.timeout = _Store(store), rank, world, timeout
         self._device_error = device_error or nccl_error
@@ -83,19 +82,21 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Note that this rank has ended, so that no other waits for it. Rank 0, which may host the store, waits for a
-        moment until all have noted it: PyTorch prints a warning for each request to a store that is gone.
+        """Record that this rank has ended, so that no other waits for it.
+
+        Rank 0, which may host the store, waits briefly for all ranks, since PyTorch prints a warning for each request
+        to a store that no longer exists.
         """
         if not self._stopped.is_set():
             self._stopped.set()
-            with suppress(RuntimeError):  # the store is gone
+            with suppress(RuntimeError):  # the store no longer exists
                 self.store.set(f"beat {self.rank}", ENDED)
                 self._await_all("ended", self.store.add("ended", 1), BEAT_SECONDS)
 
     def note_failure(self, status: int, line: str) -> None:
-        """Note that this rank ends with this exit code; the first note of all ranks holds.
+        """Record that this rank ends with this exit code; the first record of all ranks is kept.
 
-        Rank 0 may host the store, so it waits until the others have read it, or for some heartbeats.
+        Rank 0 may host the store, and so waits until the others have read it, or for some heartbeats.
         """
         note = json.dumps({"rank": self.rank, "status": status, "line": line[:500]})
         with suppress(RuntimeError):
@@ -103,7 +104,7 @@ class Heartbeat:
             self._await_all("read", self._note_read(), 2.5 * BEAT_SECONDS)
 
     def explain(self, error: BaseException) -> InputError | Interrupted:
-        """Return what a backend's error means for this process; ask the store what became of the other ranks."""
+        """Return the error to raise for a backend's error, given the state of the other ranks in the store."""
         if fault := permanent_fault(error):
             return InputError(f"rank {self.rank}: {fault}")
         deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
@@ -143,7 +144,7 @@ class Heartbeat:
                 if time.monotonic() - answered <= self.timeout:
                     continue
                 return self._leave(self._lost(STORE_HOST, str(error)), LEAVE_SECONDS, False)
-            except RuntimeError as error:  # a connection that is lost stays so
+            except RuntimeError as error:  # a lost connection is not restored
                 if not self._stopped.wait(max(self.timeout, SILENT_SECONDS)):
                     self._leave(self._lost(STORE_HOST, reason_of(error)), LEAVE_SECONDS, False)
                 return
@@ -153,7 +154,7 @@ class Heartbeat:
             if failed:
                 with suppress(RuntimeError):
                     self._note_read()
-                # It may be writing a checkpoint; otherwise it does not get this far without the rank that failed.
+                # The main thread may be writing a checkpoint; otherwise it cannot end without the failed rank.
                 return self._leave(self._after(failed), self.timeout + LEAVE_SECONDS)
             if reason := self._device_error():
                 return self._leave(self._stuck(reason), LEAVE_SECONDS)
@@ -174,7 +175,7 @@ class Heartbeat:
                     self.note_failure(status, str(error))
                 os._exit(status)
 
-    # --- what it means -----------------------------------------------------------------------------------------------
+    # --- errors ------------------------------------------------------------------------------------------------------
 
     def _lost(self, who: str, reason: str) -> Interrupted:
         return Interrupted(f"rank {self.rank} lost contact with another rank: {who} is gone ({reason}); {RESUME}")
@@ -186,7 +187,7 @@ class Heartbeat:
         return InputError(f"{text}: {failed['line']}")
 
     def _stuck(self, reason: str) -> InputError | Interrupted:
-        """Return what it means where all ranks run and yet one does not answer."""
+        """Return the error if all ranks are alive but one does not answer."""
         text = f"rank {self.rank} lost contact with another rank ({reason})"
         if _progress.is_set():
             return Interrupted(f"{text}; {RESUME}")
@@ -200,7 +201,7 @@ class Heartbeat:
             count = self.store.add(key, 0)
 
     def _note_read(self) -> int:
-        """Note that this rank knows of the failure, and return how many do."""
+        """Record that this rank has read the failure, and return the number of ranks that have."""
         first, self._has_read = not self._has_read, True
         return int(self.store.add("read", int(first)))
 
@@ -214,10 +215,10 @@ class NoAnswer(RuntimeError):
 
 
 class _Store:
-    """A store whose requests raise `NoAnswer` where it does not answer.
+    """A store whose requests raise `NoAnswer` if it does not answer in time.
 
-    A request to a host that the network no longer reaches waits for a quarter of an hour, and all others on the same
-    connection wait behind it; so a thread makes them.
+    A request to an unreachable host blocks for 15 minutes, and blocks all others on the connection. Therefore a thread
+    makes the requests.
     """
 
     def __init__(self, store: Any) -> None:
@@ -260,8 +261,9 @@ class _Store:
 
 
 def nccl_error() -> str:
-    """Return what NCCL reports of the process groups of this process, "" for nothing. Calls nothing of CUDA, so that it
-    is safe beside a graph that is being captured.
+    """Return the error that NCCL reports for the process groups of this process, "" for none.
+
+    Makes no CUDA calls, so that it is safe during the capture of a graph.
     """
     for group in list(dist.distributed_c10d._world.pg_map):
         with suppress(RuntimeError, AttributeError):
@@ -272,7 +274,5 @@ def nccl_error() -> str:
 
 
 def reports_nccl_errors() -> bool:
-    """Return whether this PyTorch (from 2.7 on) tells `nccl_error` of a failure, instead of ending the process by a
-    signal only.
-    """
+    """Return whether this PyTorch (2.7 or later) reports failures by `nccl_error`; older ones only send a signal."""
     return hasattr(getattr(dist, "ProcessGroupNCCL", None), "get_error")

@@ -1,4 +1,4 @@
-"""What errors of PyTorch and of the libraries below it mean, which mostly only their texts tell."""
+"""Classify errors of PyTorch and of the libraries below it, mostly by their texts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _OUT_OF_MEMORY = re.compile(
     r"|unable to find an engine to execute",
     re.IGNORECASE,
 )
-"""Of PyTorch's CPU allocator, CUDA's and HIP's run-time and driver, cuBLAS, cuDNN (which says that it finds no engine
-where none fits into what is left), cuFFT, cuSPARSE, Triton, NCCL, C++.
+"""Messages of PyTorch's CPU allocator, CUDA's and HIP's run-time and driver, cuBLAS, cuDNN (which reports that it finds
+no engine if none fits into the free memory), cuFFT, cuSPARSE, Triton, NCCL, C++.
 """
 _PERMANENT = (
     (
@@ -50,13 +50,14 @@ _PERMANENT = (
         "NCCL_DEBUG=WARN shows details",
     ),
 )
-"""Faults of the backends that no repetition mends: (text, what it means, what to do)."""
+"""Permanent faults of the backends: (part of the message, meaning, what to do)."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error, or the one that caused it, means that the device or the host is out of memory.
 
-    torch has a type for its own allocator only; libraries (cuBLAS, cuDNN, NCCL) and drivers tell it in their texts.
+    torch has an exception type for its own allocator only; libraries (cuBLAS, cuDNN, NCCL) and drivers say it in their
+    messages.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -73,7 +74,7 @@ def is_backend_error(error: BaseException) -> bool:
 
 
 def permanent_fault(error: BaseException) -> str:
-    """Return what a backend's error means and what to do, where running again changes nothing; "" for others."""
+    """Return the meaning of a permanent fault of a backend, and what to do; "" for other errors."""
     text = str(error)
     for pattern, meaning, advice in _PERMANENT:
         if pattern.search(text):
@@ -82,7 +83,7 @@ def permanent_fault(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the line of a backend's error that tells the reason: what NCCL names the last error, else the first."""
+    """Return the line of a backend's error with the reason: NCCL's "Last error", else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     after = [i + 1 for i, line in enumerate(lines[:-1]) if line.lower().startswith("last error")]
     return lines[after[0] if after else 0][:300]

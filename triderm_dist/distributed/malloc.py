@@ -10,10 +10,10 @@ import torch
 
 
 def disable_malloc_trim() -> None:
-    """Keep the memory of freed tensors in this process, for later ones.
+    """Keep the memory of freed tensors in this process for reuse.
 
-    By default glibc returns each large block to the kernel, which clears every page of the next one: half the time of a
-    CNN's training step. glibc's own MALLOC_ variables in the environment take precedence.
+    By default glibc returns each large block to the kernel, which zeroes every page of the next allocation: half the
+    time of a CNN's training step. glibc's MALLOC_ environment variables take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
@@ -25,11 +25,11 @@ def disable_malloc_trim() -> None:
 
 
 def use_expandable_segments() -> None:
-    """Let PyTorch's allocator grow its blocks of GPU memory, so that trainings of several networks and micro-batches in
-    one process do not split it up. Has an effect before the first allocation only; PYTORCH_ALLOC_CONF (before PyTorch
-    2.10 PYTORCH_CUDA_ALLOC_CONF) takes precedence.
+    """Let PyTorch's allocator grow its GPU memory segments, which avoids fragmentation over trainings of several
+    networks and micro-batches in one process.
 
-    Does nothing if the driver cannot reserve addresses apart from memory, as on some shares of a GPU.
+    Takes effect only before the first allocation. PYTORCH_ALLOC_CONF (before PyTorch 2.10 PYTORCH_CUDA_ALLOC_CONF)
+    takes precedence. Does nothing if the driver does not support virtual memory management, as on some GPU partitions.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if torch.version.cuda is None or any(name in os.environ for name in names) or not _reserves_addresses():

@@ -3,8 +3,8 @@ global batch.
 
 The rank that runs out of memory writes the smaller micro-batch to FOLDER/micro_batch.json, which later resumes also
 read. A single process then builds everything again. With several, the other ranks may wait in a collective that never
-completes, and DDP, FSDP2 and DeepSpeed leave state behind that cannot be repaired, so every rank needs a new process:
-each polls the file and replaces itself by exec (the launcher sees the same process), within `POLL_SECONDS`.
+completes, and the state of DDP, FSDP2 and DeepSpeed is broken, so every rank needs a new process: each polls the file
+and replaces itself by exec (the launcher sees the same process), within `POLL_SECONDS`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MicroBatch:
         self.configured, self.global_batch, self.smallest = configured, global_batch, smallest
 
     def size(self) -> int:
-        """Return the size in the file, as this rank sees it."""
+        """Return the size in the file, read by this rank."""
         try:
             record = read_checked_json(self.path, _MicroBatchKeys)
         except (FileNotFoundError, DamagedFile):
@@ -66,12 +66,12 @@ class MicroBatch:
         return int(record["micro_batch"]) if record["identity"] == self.result_hash else self.configured
 
     def agreed(self) -> int:
-        """Return the size as rank 0 sees it; call on all ranks."""
+        """Return the size in the file, read by rank 0. Call on all ranks."""
         return on_main(self.size)
 
     @contextmanager
     def fits(self, size: int) -> Iterator[Attempt]:
-        """Context of an attempt with micro-batches of `size`.
+        """Run an attempt with micro-batches of `size` in the block.
 
         If it runs out of memory, a smaller size is written, and the attempt ends as failed (one process) or this
         process is restarted (several). Raises ConfigError if a single lesion does not fit.
@@ -106,11 +106,11 @@ T = TypeVar("T")
 
 
 def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, alone: bool = False) -> tuple[T, int]:
-    """Call `work` with a batch size, and again with half of it for as long as memory runs out; return its result, and
-    the size that fits. For inference, whose results differ by rounding alone.
+    """Call `work` with a batch size, halved as often as memory runs out; return its result and the size that fits.
 
-    setting: by which the user chooses the size, for messages. alone: `work` has no collectives. Raises ConfigError if
-    a batch of 1 does not fit, or if other ranks wait for this one in a collective.
+    For inference, where results differ only by rounding.
+    setting: key of the batch size, for messages.  alone: `work` has no collectives.
+    Raises ConfigError if a batch of 1 does not fit, or if other ranks wait for this one in a collective.
     """
     while True:
         try:
@@ -119,7 +119,7 @@ def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, alo
             if not is_out_of_memory(error):
                 raise
             reason = one_line(error, 200)
-        gc.collect()  # the tensors of the attempt; its traceback is gone
+        gc.collect()  # frees the tensors of the attempt, after its traceback
         torch.cuda.empty_cache()
         if batch == 1:
             raise ConfigError(f"out of memory with a single lesion ({reason}); free the device, or use another one")
@@ -158,7 +158,7 @@ def restart() -> None:
     os.environ[ATTEMPT] = str(int(os.environ.get(ATTEMPT, "0")) + 1)
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(2 * POLL_SECONDS)  # until all ranks have read the file, so that none joins an old group
+    time.sleep(2 * POLL_SECONDS)  # until all ranks have read the file, so that none joins the old group
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

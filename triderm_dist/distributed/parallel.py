@@ -1,14 +1,14 @@
 """Parallel strategies: one process, DDP, FSDP2 or DeepSpeed ZeRO, chosen by the config file of `accelerate launch`.
 
-`wrap` is the one place that wraps a network, in this order:
+Only `wrap` wraps networks, in this order:
 
-1. dropout by lesion (`models.dropout`): a block that is recomputed repeats its masks without random state; on a CPU
+1. dropout by lesion (`models.dropout`), so that recomputed blocks repeat their masks without random state; on a CPU
    also depthwise convolutions with a faster gradient (`models.depthwise`);
 2. the blocks (`distributed.blocks`): torch.compile, weights cast together, activation checkpointing;
 3. autocast around the network (DeepSpeed does its own casting);
 4. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
    silently shards nothing), or the DeepSpeed engine;
-5. the optimizer, over the parameters as they are after step 4 (FSDP2 replaces them by shards).
+5. the optimizer, with the parameters after step 4 (FSDP2 replaces them by shards).
 
 Raises if Accelerate silently falls back to another strategy; `check_supported` rejects combinations that cannot work.
 """
@@ -52,12 +52,12 @@ GradientPrecision = Literal["fp32", "bf16"]
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 ATTEMPT = "TRIDERM_ATTEMPT"
-"""How often `out_of_memory.restart` has replaced this process; the same number on all ranks."""
+"""Environment variable: number of restarts by `out_of_memory.restart`, equal on all ranks."""
 _LAST = "_triderm_last"
-"""Attribute of a network under FSDP2: whether it is set for the last micro-batch of a step. Each change walks over all
-modules."""
+"""Attribute of a network under FSDP2: whether it is set up for the last micro-batch of a step. Stored, since each
+change visits all modules."""
 _FSDP2 = "TRIDERM_FSDP2"
-"""Set by `start` if the launcher asks for FSDP, which is then hidden from Accelerate."""
+"""Environment variable, set by `start` if the launcher asks for FSDP, which is then hidden from Accelerate."""
 
 HARMLESS = (
     # torch 2.14 renames an argument, and functions that DeepSpeed calls; torch 2.11 has the old names only.
@@ -72,13 +72,13 @@ HARMLESS = (
     # Accelerate puts the optimizer's own `step` back after a scheduler has wrapped it, with fp16.
     r"Seems like `optimizer\.step\(\)` has been overridden",
 )
-"""Beginnings of warnings of libraries that are expected here (`wrap` hides them)."""
+"""Prefixes of expected warnings of libraries, which `wrap` hides."""
 
 
 def choose_precision(wanted: Precision, device: torch.device | None = None) -> tuple[str, str]:
     """Return (precision, reason) for a device, by default the current one.
 
-    auto on a CPU is fp32; trainings may take bf16 there (`engine.cpu_precision`).
+    auto on a CPU is fp32; trainings may use bf16 there (`engine.cpu_precision`).
     """
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     if wanted == "fp16" and not cuda:
@@ -100,10 +100,10 @@ def start(
     rank_timeout: float = 600.0,
     gradients: GradientPrecision = "fp32",
 ) -> Accelerator:
-    """Return the Accelerator of this process, with the precision and the batch split set for every strategy.
+    """Return the Accelerator of this process, configured with precision and batch split for every strategy.
 
-    rank_timeout: seconds that ranks wait for one another; the value of the first call in a process holds.
-    gradients: precision in which DeepSpeed adds them up over ranks; `wrap` sets it for the others.
+    rank_timeout: seconds that ranks wait for each other; later calls in a process keep the value of the first.
+    gradients: precision in which DeepSpeed reduces them over ranks; `wrap` sets it for other strategies.
     Raises ConfigError if the global batch does not split evenly into ranks times micro-batches, MissingPackage without
     DeepSpeed if the launcher asks for it.
     """
@@ -117,29 +117,29 @@ def start(
         disable_malloc_trim()
     else:
         use_expandable_segments()
-        # Before anything else uses a GPU: a context on GPU 0 takes 0.5 GiB for each rank.
+        # Before any other use of a GPU: otherwise each rank creates a context of 0.5 GiB on GPU 0.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # Compiling this op takes most of a minute and needs a C++ compiler; gloo does the same work.
+        # Compiling this op takes most of a minute and needs a C++ compiler; gloo does the same.
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate would silently use DDP instead
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # makes Accelerate silently use DDP instead
     elif on_cpu:
-        # Config files are written for GPUs; this makes their processes use gloo on the CPU.
+        # Config files are written for GPUs; this lets their processes use gloo on the CPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
     backend = "gloo" if on_cpu else "nccl"
     if reports_nccl_errors():
-        # NCCL's watchdog only reports: `heartbeat` ends the process, with the exit code that is right.
+        # NCCL's watchdog only reports; `heartbeat` ends the process with the right exit code.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    # NCCL ends the process by SIGABRT where it can't be told otherwise: a minute later than `heartbeat` would.
+    # Versions of NCCL without this option end the process by SIGABRT, a minute later than `heartbeat` does.
     patience = 0 if on_cpu or reports_nccl_errors() else 60
-    # The millisecond, since Accelerate passes on only what differs from its own default, which is not gloo's default.
+    # Plus a millisecond, since Accelerate passes on only values that differ from its default, which is not gloo's.
     timeout = timedelta(seconds=rank_timeout + patience, milliseconds=1)
     _join_attempt_group(backend, timeout)
     ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
-    AcceleratorState._reset_state()  # otherwise the first model's precision would hold for all models of a run
+    AcceleratorState._reset_state()  # otherwise all models of a run get the first model's precision
     with _naming_missing_ranks():
         accelerator = Accelerator(
             mixed_precision="no" if chosen == "fp32" else chosen,
@@ -157,10 +157,10 @@ def start(
         settings["train_micro_batch_size_per_gpu"] = micro_batch
         settings["gradient_accumulation_steps"] = accumulation
         settings["gradient_clipping"] = clip_norm
-        # Offloaded states are stepped by torch's fused AdamW: DeepSpeed's own compiles C++ for minutes.
+        # torch's fused AdamW steps offloaded states, since DeepSpeed's compiles C++ for minutes.
         settings["zero_force_ds_cpu_optimizer"] = False
         if chosen == "bf16" and zero_stage(accelerator) > 1:
-            # Else micro-batches and ranks are summed in bf16. (ZeRO 1 would take another optimizer class.)
+            # Otherwise micro-batches and ranks are summed in bf16. (ZeRO 1 would use another optimizer class.)
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
             settings["communication_data_type"] = "fp32"
         if gradients == "bf16":
@@ -170,8 +170,9 @@ def start(
 
 
 def share_compile_threads(environment: MutableMapping[str, str], cpus: int) -> None:
-    """Divide the CPUs of this host among its ranks for torch.compile, which otherwise starts up to 32 processes for
-    each. A number that is set remains.
+    """Divide this host's CPUs among its ranks for torch.compile, which by default starts up to 32 processes per rank.
+
+    A number that is already set is kept.
     """
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1:
@@ -180,8 +181,8 @@ def share_compile_threads(environment: MutableMapping[str, str], cpus: int) -> N
 
 @contextmanager
 def _naming_missing_ranks() -> Iterator[None]:
-    """Context in which the ranks meet. Raises ConfigError if the others do not come, and no launcher started this
-    one: its variables were left in the environment, and to run the same command again would change nothing.
+    """Wrap the rendezvous of the ranks. Raises ConfigError if other ranks are missing and no launcher started this one:
+    its environment variables are left over, and a rerun would fail again.
     """
     try:
         yield
@@ -204,21 +205,21 @@ def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelera
 
 
 def _use_deterministic_algorithms(wanted: bool) -> None:
-    """Let PyTorch, cuDNN and cuBLAS take algorithms on a GPU that repeat their results, or any again.
+    """Let PyTorch, cuDNN and cuBLAS use deterministic algorithms on a GPU if `wanted`, else any.
 
-    An operation that has none raises an error that names it.
+    An operation without a deterministic algorithm raises an error that names it.
     """
     if not wanted and not torch.are_deterministic_algorithms_enabled():
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-    # Otherwise a kernel is launched for each new tensor.
+    # Otherwise a kernel fills each new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted:
         import torch._inductor.config as inductor
 
         torch.backends.cudnn.benchmark = False
-        if hasattr(inductor, "deterministic"):  # since PyTorch 2.10: no choice by time, which changes orders of sums
+        if hasattr(inductor, "deterministic"):  # since PyTorch 2.10: no autotuning, which changes the order of sums
             inductor.deterministic = True
 
 
@@ -230,8 +231,8 @@ def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accele
 def _join_attempt_group(backend: str, timeout: timedelta) -> None:
     """Create the process group of a restarted attempt.
 
-    The launcher's store outlives a replaced process and still holds the addresses of the broken group, so each attempt
-    uses its own prefix.
+    The launcher's store survives the replacement of a process and still holds the addresses of the broken group, so
+    each attempt uses a different prefix.
     """
     attempt = os.environ.get(ATTEMPT)
     if attempt is None or dist.is_initialized():
@@ -320,11 +321,11 @@ def wrap(
     gradients: GradientPrecision = "fp32",
     bucket_mb: float = 25.0,
 ) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """Return (wrapped network, optimizer prepared by Accelerate, plain optimizer inside it).
+    """Return (wrapped network, optimizer prepared by Accelerate, torch optimizer inside it).
 
-    gradients: precision in which ranks add them up.  bucket_mb: MiB of them that DDP adds up at a time.
-    Step the prepared one; the schedule sets the rates of the plain one. Raises ConfigError if the result is not what
-    the launcher asked for.
+    Step the prepared optimizer; schedulers set the learning rates of the torch optimizer.
+    gradients: precision in which ranks reduce them.  bucket_mb: MiB of gradients that DDP reduces at a time.
+    Raises ConfigError if the result is not the strategy that the launcher asked for.
     """
     use_lesion_masks(network)
     if accelerator.device.type == "cpu" and not compile_blocks:
@@ -353,7 +354,7 @@ def wrap(
 
 
 def _refuse_batch_norms(accelerator: Accelerator, network: Network) -> None:
-    """Raise ConfigError where DeepSpeed would cast running statistics to 16 bits, in which small updates are lost."""
+    """Raise ConfigError if DeepSpeed would cast running statistics to 16 bits, in which small updates are lost."""
     if accelerator.mixed_precision != "no" and any(isinstance(each, _BatchNorm) for each in network.modules()):
         raise ConfigError(
             f"train.precision: DeepSpeed would keep the running statistics of batch norms in "
@@ -364,9 +365,9 @@ def _refuse_batch_norms(accelerator: Accelerator, network: Network) -> None:
 def _data_parallel(
     network: nn.Module, accelerator: Accelerator, gradients: GradientPrecision, bucket_mb: float
 ) -> nn.Module:
-    """Wrap a network in DDP. Accelerate would not with one rank, on which a single GPU can try it.
+    """Wrap a network in DDP, also with one rank, where Accelerate would not.
 
-    Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes buffers.
+    Gradients are views of the all-reduce buckets, which saves a copy. `RunningStatistics` synchronizes buffers.
     """
     devices = [accelerator.device] if accelerator.device.type == "cuda" else None
     wrapped = nn.parallel.DistributedDataParallel(
@@ -380,11 +381,11 @@ def _data_parallel(
 
 
 def _shard(network: Network, accelerator: Accelerator, gradients: GradientPrecision) -> None:
-    """`fully_shard` each block that is trained and then the rest. Frozen weights stay whole on every rank: gathering
-    them again in each forward pass would take longer than the little memory is worth.
+    """`fully_shard` each trained block and then the rest. Frozen weights stay unsharded on every rank: gathering them
+    in each forward pass would cost more time than the saved memory is worth.
 
     Weights and all-gathers are fp32, under autocast, as in DDP: with 16-bit weights a norm would get weights and inputs
-    of different precision, which not every device supports. bf16 gradients of micro-batches are added up in bf16, too.
+    of different precision, which not every device supports. bf16 gradients of micro-batches are summed in bf16, too.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -403,8 +404,8 @@ def _shard(network: Network, accelerator: Accelerator, gradients: GradientPrecis
 
 
 def _reshards_after_forward() -> bool:
-    """Return whether blocks give up gathered weights after their forward pass and gather them again in the backward
-    pass, as the launcher's `fsdp_reshard_after_forward` says.
+    """Return the launcher's `fsdp_reshard_after_forward`: whether blocks free gathered weights after the forward pass
+    and gather them again in the backward pass.
     """
     return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
 
@@ -428,8 +429,8 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
 
 
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Context of a micro-batch; gradients are all-reduced in the last one of a step only, and until then FSDP2 keeps
-    the weights that it has gathered.
+    """Return the context of a micro-batch: gradients are all-reduced only in the last one of a step, and until then
+    FSDP2 keeps gathered weights.
     """
     accelerator.sync_gradients = last
     chosen = strategy_of(accelerator)
@@ -456,7 +457,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 
 @contextmanager
 def naming_smallest_scale() -> Iterator[None]:
-    """Context of a step of DeepSpeed, whose fp16 loss scaler raises a plain Exception. Raises InputError instead."""
+    """Raise InputError in the block instead of the plain Exception of DeepSpeed's fp16 loss scaler."""
     try:
         yield
     except Exception as error:
@@ -468,7 +469,7 @@ def naming_smallest_scale() -> Iterator[None]:
 
 
 def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float) -> torch.Tensor:
-    """Clip the global gradient norm and return the norm before, a scalar on the device, without waiting for it.
+    """Clip the global gradient norm and return the norm before, a scalar on the device, without synchronization.
 
     DeepSpeed clips inside its engine.
     """
@@ -481,7 +482,7 @@ def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float
 
 @torch.no_grad()
 def _clip_shards(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clip sharded gradients as `torch.nn.utils.clip_grad_norm_` does, with one all-reduce and few launches."""
+    """Clip sharded gradients as `torch.nn.utils.clip_grad_norm_`, with one all-reduce and few kernels."""
     local = [local_part(gradient) for gradient in gradients]
     squares = torch.stack(torch._foreach_norm(local)).square().sum()
     norm = all_reduce_sum(squares).sqrt()
@@ -490,6 +491,6 @@ def _clip_shards(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Te
 
 
 def reshard_after_write(wrapped: nn.Module) -> None:
-    """Free gathered weights under FSDP2, so that the next forward pass uses what was written to the shards."""
+    """Free gathered weights under FSDP2, so that the next forward pass uses weights that were written to the shards."""
     if hasattr(wrapped, "reshard"):
         wrapped.reshard()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Ray for parallel folds and searches: start it locally or connect to a cluster, and count what fits."""
+"""Ray for parallel folds and searches: start it locally or connect to a cluster, and compute its capacity."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CONNECT_SECONDS = 10.0
 WATCH_SECONDS = 3.0
 """Seconds between two questions whether Ray's head still answers."""
 ANSWER_SECONDS, LOCAL_ANSWER_SECONDS = 45.0, 10.0
-"""Ray waits a minute for the head of a cluster, which may be started again; a local one is not."""
+"""Time without an answer of Ray's head after which this process ends: the head of a cluster may be restarted."""
 MAX_FOLDER = 107 - len("/session_2026-11-26_11-52-30_590328_4194304/sockets/plasma_store")
-"""Bytes of the name of Ray's folder: the name of a socket has at most 107."""
+"""Longest path of Ray's folder in bytes, since the path of a socket has at most 107."""
 RESUME = "rerun the same command to resume; a search with resume=true"
 
 
@@ -35,20 +35,21 @@ RESUME = "rerun the same command to resume; a search with resume=true"
 def running_ray(
     address: str | None, cpus: int, *, setting: str, variables: Mapping[str, str] | None = None, forward: bool = False
 ) -> Iterator[None]:
-    """Context with Ray, started on this machine or connected to the cluster at `address`; its processes get `cpus`
-    threads each. SIGTERM and SIGUSR1 act like Ctrl-C inside of it.
+    """Run Ray in the block, on this machine or connected to the cluster at `address`, with `cpus` threads per process.
+
+    SIGTERM and SIGUSR1 act like Ctrl-C in the block.
 
     setting: key of the settings that gave the address, for messages.  variables: environment of Ray and its processes.
     forward: print the output of the processes in this one. Raises InputError if Ray does not start.
     """
     environment = {"RAY_USAGE_STATS_ENABLED": "0", **(variables or {})}
-    if forward:  # every line, without prefixes
+    if forward:  # all lines, without prefixes
         environment |= {"RAY_DEDUP_LOGS": "0", "RAY_DISABLE_WORKER_LOG_PREFIX": "1"}
     os.environ.update(environment)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address and "RAY_AUTH_TOKEN" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # otherwise Ray does not send the token
-    import ray  # it reads the environment once, when imported
+    import ray  # reads the environment when imported
 
     library = str(Path(__file__).resolve().parents[2])
     paths = dict.fromkeys([library, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
@@ -79,7 +80,7 @@ def running_ray(
 
 
 def _temporary_folder(setting: str) -> dict[str, str]:
-    """Return Ray's setting for a short folder where that of TMPDIR is too long for the names of its sockets.
+    """Return Ray's setting for a short folder if TMPDIR is too long for the paths of its sockets.
 
     Raises InputError if there is none.
     """
@@ -96,9 +97,9 @@ def _temporary_folder(setting: str) -> dict[str, str]:
 
 @contextmanager
 def _watched(address: str, seconds: float) -> Iterator[None]:
-    """Context in which this process ends with 3 where Ray's head has not answered for `seconds`.
+    """End this process with exit code 3 during the block if Ray's head does not answer for `seconds`.
 
-    Ray itself ends the process with 1 after a minute, without a word on what to do.
+    Ray itself ends the process with exit code 1 after a minute, without advice.
     """
     host, _, port = address.rpartition(":")
     ended = threading.Event()
@@ -121,7 +122,7 @@ def _watched(address: str, seconds: float) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle SIGINT: Ray's processes may take long to save, and Ray Tune installs this handler again after its own."""
+    """Handle SIGINT. Ray Tune restores this handler after its own, and its processes may take long to save."""
     cleaning_up()
     raise_stopped(number, frame)
 
@@ -143,8 +144,8 @@ def _check_reachable(address: str | None) -> None:
 
 
 def capacity(needs: Needs) -> tuple[int, str]:
-    """Return how many processes with these needs fit on the nodes of the running Ray at once, and the largest node's
-    resources as text.
+    """Return the number of processes with these needs that the running Ray's nodes can run at once, and the largest
+    node's resources as text.
     """
     import ray
 

@@ -18,15 +18,14 @@ from triderm_dist.runtime.signals import SAME_SECONDS, SIGNALS, Stopped, handle_
 
 
 class Stop:
-    """Context in which a signal to stop, to any rank, raises Interrupted in `check` of all ranks, at the same call.
+    """Context manager: a signal to any rank raises Interrupted in the same `check` call of all ranks.
 
-    The signals are those of `signals.SIGNALS`, and Ctrl-C. A single process that has done nothing yet that a save would
-    keep (the first step may compile for minutes) raises `Stopped` at once, as does each rank for a Ctrl-C after the
-    first request.
+    Handles `signals.SIGNALS` and Ctrl-C. A single process without progress to save (the first step may compile for
+    minutes) raises `Stopped` at once, and so does each rank for a Ctrl-C after the first request.
 
-    `check` never waits for the device. It starts an all-reduce of one number on the CPU (gloo, whatever the backend of
-    the gradients) and reads the result of the all-reduce that the previous check started, which is done by then: a stop
-    takes effect one check later.
+    `check` never waits for the device. It starts an all-reduce of one number on the CPU (gloo, for any backend of the
+    gradients) and reads the result of the all-reduce that the previous check started, which has finished by then: a
+    stop takes effect one check later.
     """
 
     def __init__(self) -> None:
@@ -71,13 +70,13 @@ class Stop:
             raise Interrupted("stopped after saving; rerun the same command to resume")
 
     def check_now(self) -> None:
-        """Check as `check` does, but wait for the other ranks, so that every signal received so far counts."""
+        """Check as `check`, but wait for the other ranks, so that every signal received so far is seen."""
         self.check()
         self.check()
 
     @contextmanager
     def save_on_stop(self, save: Callable[[], None]) -> Iterator[None]:
-        """Context that calls `save` on all ranks if a check inside of it raises."""
+        """Call `save` on all ranks if a check in the block raises."""
         self._saves = True
         try:
             yield

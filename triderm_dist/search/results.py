@@ -127,9 +127,8 @@ def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
     """Return the share of the scores' variance that each setting explains, with a range over resamples of the trials.
 
     By fANOVA (Hutter et al. 2014; a random forest, Optuna's implementation). The range is from the 5% to the 95%
-    quantile, and wide with a dozen trials. Stopped trials count with the score at which they were stopped. Empty for
-    fewer than `MIN_TRIALS` trials, for one setting, where all scores are equal, and where settings changed during a
-    training.
+    quantile, and wide with a dozen trials. Stopped trials count with their last score. Empty for fewer than
+    `MIN_TRIALS` trials, for a single setting, if all scores are equal, and if settings changed during training.
     """
     scored = [(trial.settings, float(trial.macro_f1)) for trial in trials if trial.macro_f1 is not None]
     if len(scored) < MIN_TRIALS or len(space) < 2 or any(trial.changes for trial in trials):

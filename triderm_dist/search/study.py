@@ -55,7 +55,7 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     from triderm_dist.engine.extra_sets import open_extra_sets, prepare
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
-    open_extra_sets(experiment, index, verify=experiment.data.verify)  # refuses a wrong map before anything is done
+    open_extra_sets(experiment, index, verify=experiment.data.verify)  # raises for a wrong map before any work
     own = own_settings(experiment.models[model], BATCH_SETTINGS)
     for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH_SETTINGS)):
         split_batch(total, micro, settings.workers)

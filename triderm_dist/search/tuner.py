@@ -1,4 +1,4 @@
-"""The search's use of Ray Tune: resources and workers of trials, the searcher, the scheduler, progress.
+"""Run trials with Ray Tune: resources and workers, the searcher, the scheduler, progress.
 
 Every trial trains by `run_trial`: in the process that Ray Tune starts for it or, with several workers, in those that
 Ray Train starts within the trial, one per rank.
@@ -261,7 +261,7 @@ def _searcher(settings: SearchConfig, space: Space, own: Mapping[str, Any]) -> A
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if settings.searcher == "tpe":
-        # A third of the trials at random, then by the model: the default of 10 is most of a short search.
+        # A third of the trials are random: the default of 10 is most of a short search.
         sampler: Any = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=max(4, settings.trials // 3))
     else:
         sampler = optuna.samplers.RandomSampler(seed=settings.seed)
@@ -272,7 +272,7 @@ def _searcher(settings: SearchConfig, space: Space, own: Mapping[str, Any]) -> A
 
 
 def _scheduler(run: SearchRun, space: Space) -> Any:
-    """Return the scheduler, which stops lagging trials, but never the baseline: every gain is measured against it."""
+    """Return the scheduler, which stops lagging trials except for the baseline, against which gains are measured."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     settings, epochs = run.search, run.epochs
