@@ -91,7 +91,6 @@ def main(config: PipelineRun) -> None:
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """Return all stages in order; `run_stages` decides which are skipped."""
-    from triderm_dist.data.group_hashes import groups_file
     from triderm_dist.data.shards.open import index_file
     from triderm_dist.ensemble.run_files import OOF_PREFIX
     from triderm_dist.submission import result_files
@@ -129,13 +128,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
     if "features" in extra and not test_index:
         raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
-    result = []
     setting, task = run_task(config)
-    if data.shards is None and not _is_gone(config, "source", config.train_shards):
-        result.append(_pack("pack", config, str(data.source), setting, task, config.train_shards))
-    salt = config.train_shards if result or groups_file(config.train_shards).is_file() else None
-    if data.test and data.test_shards is None and not _is_gone(config, "test", config.test_shards):
-        result.append(_pack("pack test", config, data.test, setting, task, config.test_shards, salt))
+    result = _packing_stages(config, setting, task)
     oof = folder / "oof.parquet"
     given = config.model_dump(include=config.model_fields_set & {"parallel_folds", *PARALLEL_FOLDS_KEYS})
     parallel = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
@@ -168,6 +162,19 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         result.append(stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], results))
         reported += [*results, *truth]
     result.append(Stage("report", [*program("report"), *of_run], [], reported, [folder / "report.html"]))
+    return result
+
+
+def _packing_stages(config: PipelineRun, setting: str, task: Task) -> list[Stage]:
+    """Return the stages that pack the training and the test set, unless they are given packed. See `_pack`."""
+    from triderm_dist.data.group_hashes import groups_file
+
+    data, result = config.data, []
+    if data.shards is None and not _is_gone(config, "source", config.train_shards):
+        result.append(_pack("pack", config, str(data.source), setting, task, config.train_shards))
+    salt = config.train_shards if result or groups_file(config.train_shards).is_file() else None
+    if data.test and data.test_shards is None and not _is_gone(config, "test", config.test_shards):
+        result.append(_pack("pack test", config, data.test, setting, task, config.test_shards, salt))
     return result
 
 

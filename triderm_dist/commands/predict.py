@@ -25,6 +25,7 @@ the run then go into RUN/refit.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -100,12 +101,11 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.fold import network_folders
     from triderm_dist.engine.predict_test import predict_test
-    from triderm_dist.ensemble.artifact import Ensemble, read_task
+    from triderm_dist.ensemble.artifact import Ensemble
     from triderm_dist.ensemble.fitted_stacker import FittedStacker
-    from triderm_dist.ensemble.predict import check_task, score, submit
+    from triderm_dist.ensemble.predict import check_task, submit
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
-    from triderm_dist.monitoring.tracking import log_scores
 
     if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
         raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
@@ -143,18 +143,28 @@ def predict_test_set(config: PredictRun) -> None:
         fitted = "stacker, weights and thresholds are those fitted on the folds"
         print(wrapped(f"{fitted}, and so is the estimate in ensemble.json"))
     if truth is not None:
-        partial = config.data.test_truth is None
-        result = score(config.folder, truth, partial, folder)
-        task = read_task(config.folder / ENSEMBLE_FILE)
-        low, high = result["interval"]
-        if result["absent"]:
-            print(wrapped(f"no test lesion has {', '.join(result['absent'])}: excluded from the score"))
-        metric = f"held-out macro F1{' (official)' if task.submission else ''}"
-        argmax = f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else ""
-        print(wrapped(f"{metric} {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], {argmax}{result['n']} lesions"))
-        found = {"macro F1": result["macro_f1"], "low": low, "high": high}
-        scores = {f"{'refit ' if refitted else ''}held out/{key}": value for key, value in found.items()}
-        log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
+        _score(config, truth, folder)
+
+
+def _score(config: PredictRun, truth: Mapping[str, int], folder: Path) -> None:
+    """Score the results in a folder, print the score and send it to the trackers. truth: {lesion id: label}."""
+    from triderm_dist.ensemble.artifact import read_task
+    from triderm_dist.ensemble.predict import score
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+    from triderm_dist.monitoring.tracking import log_scores
+
+    partial = config.data.test_truth is None
+    result = score(config.folder, truth, partial, folder)
+    task = read_task(config.folder / ENSEMBLE_FILE)
+    low, high = result["interval"]
+    if result["absent"]:
+        print(wrapped(f"no test lesion has {', '.join(result['absent'])}: excluded from the score"))
+    metric = f"held-out macro F1{' (official)' if task.submission else ''}"
+    argmax = f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else ""
+    print(wrapped(f"{metric} {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], {argmax}{result['n']} lesions"))
+    found = {"macro F1": result["macro_f1"], "low": low, "high": high}
+    scores = {f"{'refit ' if config.networks == 'refit' else ''}held out/{key}": value for key, value in found.items()}
+    log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
 
 
 def predict_input(config: PredictRun) -> None:

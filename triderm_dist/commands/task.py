@@ -11,15 +11,23 @@ recognize them. `check` reads the folder as triderm pack would and shows every f
 and all problems.
 """
 
+from __future__ import annotations
+
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from triderm_dist.cli import run_words
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, task_names
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from triderm_dist.data.readers.dataset import Dataset
 
 ROLES = ("diagnosis", "lesion_id", "group", "view")
 """What the user may name a column for, where its own name does not say it."""
@@ -80,18 +88,38 @@ def check(folder: Path, setting: str | None) -> None:
 
     Raises InvalidLesions if a lesion is invalid.
     """
-    import numpy as np
     from rich.console import Console
-    from rich.table import Table
 
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.source import find_task, read_source
-    from triderm_dist.schema import UNLABELED
 
     task = find_task(folder, setting)
     dataset = read_source(folder, task, "mark", "drop")
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if task.fields:
+        console.print(_fields_table(dataset), markup=False)
+        print()
+    console.print(_diagnoses_table(dataset), markup=False)
+    print()
+    photos = {view: sum(lesion.images[view] is not None for lesion in dataset.lesions) for view in task.view_names}
+    groups = Counter(lesion.group for lesion in dataset.lesions)
+    print(f"{len(dataset.lesions)} lesions in {len(groups)} groups, the largest of {max(groups.values(), default=0)}")
+    print("photos: " + ", ".join(f"{count} {view}" for view, count in photos.items()))
+    print(f"concepts: {', '.join(dataset.concepts) or 'none'}")
+    for note in dataset.notes:
+        print(f"note: {note}")
+    for problem in dataset.problems[:10]:
+        print(f"problem: {problem}")
+    if dataset.problems:
+        raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
 
+
+def _fields_table(dataset: Dataset) -> Table:
+    """Return a table of the task's fields, with counts of missing and invalid cells and the values found."""
+    import numpy as np
+    from rich.table import Table
+
+    task = dataset.task
     values = np.array([lesion.metadata for lesion in dataset.lesions]).reshape(len(dataset.lesions), len(task.fields))
     fields = Table("field", "column", "kind", "missing", "outside", "values", box=None, pad_edge=False)
     for about, column in zip(task.fields, values.T, strict=True):
@@ -105,31 +133,23 @@ def check(folder: Path, setting: str | None) -> None:
         outside = sum(problem.kind == "cell" and problem.what.startswith(begins) for problem in dataset.problems)
         missing = len(column) - len(known)
         fields.add_row(about.name, about.column, about.kind, str(missing), str(outside), seen)
-    if task.fields:
-        console.print(fields, markup=False)
-        print()
+    return fields
+
+
+def _diagnoses_table(dataset: Dataset) -> Table:
+    """Return a table of the task's diagnoses, with the number of lesions."""
+    from rich.table import Table
+
+    from triderm_dist.schema import UNLABELED
 
     labels = Counter(lesion.label for lesion in dataset.lesions)
     kinds = {True: "malignant", False: "benign", None: ""}
     diagnoses = Table("diagnosis", "lesions", "kind", "title", box=None, pad_edge=False)
-    for at, each in enumerate(task.diagnoses):
+    for at, each in enumerate(dataset.task.diagnoses):
         diagnoses.add_row(each.name, str(labels[at]), kinds[each.malignant], each.title)
     if labels[UNLABELED]:
         diagnoses.add_row("unlabeled", str(labels[UNLABELED]), "", "")
-    console.print(diagnoses, markup=False)
-    print()
-
-    photos = {view: sum(lesion.images[view] is not None for lesion in dataset.lesions) for view in task.view_names}
-    groups = Counter(lesion.group for lesion in dataset.lesions)
-    print(f"{len(dataset.lesions)} lesions in {len(groups)} groups, the largest of {max(groups.values(), default=0)}")
-    print("photos: " + ", ".join(f"{count} {view}" for view, count in photos.items()))
-    print(f"concepts: {', '.join(dataset.concepts) or 'none'}")
-    for note in dataset.notes:
-        print(f"note: {note}")
-    for problem in dataset.problems[:10]:
-        print(f"problem: {problem}")
-    if dataset.problems:
-        raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
+    return diagnoses
 
 
 def start() -> None:

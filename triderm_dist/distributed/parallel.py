@@ -110,47 +110,10 @@ def start(
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         require("DeepSpeed ZeRO", *DEEPSPEED)
     chosen, _ = choose_precision(precision)
-    on_cpu = not torch.cuda.is_available()
     _hide_fsdp_from_accelerate()
     share_compile_threads(os.environ, available_cores())
-    if on_cpu:
-        disable_malloc_trim()
-    else:
-        use_expandable_segments()
-        # Before any other use of a GPU: otherwise each rank creates a context of 0.5 GiB on GPU 0.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # Compiling this op takes most of a minute and needs a C++ compiler; gloo does the same.
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # makes Accelerate silently use DDP instead
-    elif on_cpu:
-        # Config files are written for GPUs; this lets their processes use gloo on the CPU.
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
-    backend = "gloo" if on_cpu else "nccl"
-    if reports_nccl_errors():
-        # NCCL's watchdog only reports; `heartbeat` ends the process with the right exit code.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    # Versions of NCCL without this option end the process by SIGABRT, a minute later than `heartbeat` does.
-    patience = 0 if on_cpu or reports_nccl_errors() else 60
-    # Plus a millisecond, since Accelerate passes on only values that differ from its default, which is not gloo's.
-    timeout = timedelta(seconds=rank_timeout + patience, milliseconds=1)
-    _join_attempt_group(backend, timeout)
-    ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
-    AcceleratorState._reset_state()  # otherwise all models of a run get the first model's precision
-    with _naming_missing_ranks():
-        accelerator = Accelerator(
-            mixed_precision="no" if chosen == "fp32" else chosen,
-            kwargs_handlers=[ranks] if "WORLD_SIZE" in os.environ else [],
-        )
-    start_heartbeat(rank_timeout)
-    if accelerator.num_processes != world_size():
-        raise ConfigError(
-            f"the launcher started {world_size()} processes but this one sees {accelerator.num_processes}; "
-            "use one of accelerate_configs/"
-        )
+    _prepare_device()
+    accelerator = _join_ranks(chosen, rank_timeout)
     accumulation = split_batch(global_batch, micro_batch, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -166,6 +129,55 @@ def start(
         if gradients == "bf16":
             settings["communication_data_type"] = "bf16"
         accelerator.gradient_accumulation_steps = accumulation
+    return accelerator
+
+
+def _prepare_device() -> None:
+    """Set up the memory allocator and this rank's GPU; without a GPU, Accelerate and DeepSpeed for the CPU."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        disable_malloc_trim()
+    else:
+        use_expandable_segments()
+        # Before any other use of a GPU: otherwise each rank creates a context of 0.5 GiB on GPU 0.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # Compiling this op takes most of a minute and needs a C++ compiler; gloo does the same.
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # makes Accelerate silently use DDP instead
+    elif on_cpu:
+        # Config files are written for GPUs; this lets their processes use gloo on the CPU.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def _join_ranks(precision: str, rank_timeout: float) -> Accelerator:
+    """Create the Accelerator, which joins the process group, and start the heartbeat. Raises ConfigError as `start`."""
+    on_cpu = not torch.cuda.is_available()
+    # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
+    backend = "gloo" if on_cpu else "nccl"
+    if reports_nccl_errors():
+        # NCCL's watchdog only reports; `heartbeat` ends the process with the right exit code.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # Versions of NCCL without this option end the process by SIGABRT, a minute later than `heartbeat` does.
+    patience = 0 if on_cpu or reports_nccl_errors() else 60
+    # Plus a millisecond, since Accelerate passes on only values that differ from its default, which is not gloo's.
+    timeout = timedelta(seconds=rank_timeout + patience, milliseconds=1)
+    _join_attempt_group(backend, timeout)
+    ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
+    AcceleratorState._reset_state()  # otherwise all models of a run get the first model's precision
+    with _naming_missing_ranks():
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[ranks] if "WORLD_SIZE" in os.environ else [],
+        )
+    start_heartbeat(rank_timeout)
+    if accelerator.num_processes != world_size():
+        raise ConfigError(
+            f"the launcher started {world_size()} processes but this one sees {accelerator.num_processes}; "
+            "use one of accelerate_configs/"
+        )
     return accelerator
 
 

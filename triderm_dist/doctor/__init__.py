@@ -27,7 +27,7 @@ from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.launcher import Launcher, launcher_findings, strategy
 from triderm_dist.doctor.machine import find_gpus, machine_findings
-from triderm_dist.doctor.networks import Place, network_findings
+from triderm_dist.doctor.networks import Hardware, network_findings
 from triderm_dist.doctor.software import architectures, compiler, nccl, versions
 from triderm_dist.schema import InputError, Signature
 from triderm_dist.tasks import milk10k_task
@@ -79,9 +79,9 @@ def examine(
     canvas = None
     if memory is not None:
         canvas = canvas_of(experiment.data) if isinstance(packed, str) else packed.canvas
-    place = Place(ranks, strategy(launcher, ranks), memory and memory * (gpu_share or 1), canvas)
+    hardware = Hardware(ranks, strategy(launcher, ranks), memory and memory * (gpu_share or 1), canvas)
     sections["experiment"] = [
-        *network_findings(experiment, signature, place),
+        *network_findings(experiment, signature, hardware),
         disk_finding(experiment, signature, packed, test),
     ]
     sections["data"] = data_findings(experiment, packed, gpus, at_once)

@@ -11,18 +11,18 @@ from triderm_dist.doctor.networks import largest_micro_batch, usable_bytes
 from triderm_dist.schema import Signature
 
 RECIPE = "milk10k"
-"""The experiment that the others for a GPU set micro-batches of."""
+"""The experiment on which those for a GPU are based; they change micro-batches."""
 BY_MEMORY = ("a100", "rtx4090")
-"""Those others, whose name is suggested where their micro-batches are the ones that fit."""
+"""Experiments for a single GPU, suggested if their micro-batches are those that fit."""
 EIGHT = "h100x8"
-"""The same as the first of them, on eight GPUs."""
+"""The first of `BY_MEMORY` on eight GPUs."""
 
 
 def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
     """Suggest an experiment for a machine with these GPUs, by the estimated memory of its models, and how to start it.
 
-    On several GPUs the folds of all models are trained in parallel, each on one GPU: that uses every GPU as well as one
-    alone is used. A training of one fold on all GPUs is the second suggestion.
+    On several GPUs the folds of all models are trained in parallel, each on one GPU, which avoids communication. The
+    second suggestion is a training of one fold on all GPUs.
     """
     if not gpus:
         return _findings("cpu", [])
@@ -54,9 +54,9 @@ def canvas_of(data: DataConfig) -> tuple[int, int] | None:
 
 
 def fitting_settings(experiment: Experiment, signature: Signature, memory: float) -> list[str] | None:
-    """Return the settings with which a step of each model fits into `memory` bytes of a GPU, [] if it does as it is.
+    """Return the settings with which a step of each model fits into `memory` bytes of a GPU, [] if no change is needed.
 
-    The largest micro-batch counts, with activation checkpointing only where not even the smallest fits without; None
+    Prefers the largest micro-batch; activation checkpointing is used only if not even the smallest fits without. None
     if it does not fit with either.
     """
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory
@@ -82,7 +82,7 @@ def fitting_settings(experiment: Experiment, signature: Signature, memory: float
 
 
 def _has(name: str, overrides: Sequence[str]) -> bool:
-    """Return whether a shipped experiment trains its models as the recipe with these settings does."""
+    """Return whether a shipped experiment trains its models like the recipe with these settings."""
     wanted, shipped = load(Experiment, RECIPE, list(overrides)), load(Experiment, name)
     keys = ("micro_batch", "activation_checkpointing")
     return all(

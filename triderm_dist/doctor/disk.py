@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from triderm_dist.models.tower import Tower
 
 PACKED_BYTES_PER_PIXEL = 0.35
-"""Of a JPEG that packing writes; MILK10k's take 0.2 to 0.3."""
+"""Size of a packed JPEG; MILK10k's have 0.2 to 0.3."""
 ROW_BYTES = 100
-"""Of a row of predictions, besides its numbers: ids, hash, fold."""
+"""Size of the ids, hash and fold in a row of predictions."""
 PHOTOS = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that a run leaves: weights and predictions of all folds, tables of the whole run, what is cached of towers
-    (tokens), weights of frozen towers, shards. checkpoints: those of one training, which are removed when its fold is
-    finished.
+    """Bytes of a run's files.
+
+    folds: weights and predictions of all folds.  tables: of the run.  tokens: caches of towers.
+    towers: weights of frozen towers.  checkpoints: of one training, removed when its fold is finished.
     """
 
     folds: int = 0
@@ -103,7 +104,7 @@ def estimate_disk(
         row = 4 * numbers + ROW_BYTES
         hidden = 2 if {"clinical", "dermoscopic"} <= {*model.use} & {*signature.views} else 0
         folds += data.folds * (sizes.weights + kept + test_lesions * row) + train_lesions * row * (1 + hidden)
-        # The next checkpoint is complete before the oldest is removed.
+        # The oldest checkpoint is removed after the next one is complete.
         checkpoints = max(checkpoints, (last + 1) * checkpoint - kept)
         tables += (train_lesions + test_lesions) * row
         if model.tower.cached:
@@ -111,7 +112,7 @@ def estimate_disk(
             towers[key] = sizes.tower * number
             key += f" {network_class(model.kind).reads_mean_tokens}"
             cached = train_lesions * (train.augment.token_variants + experiment.oof.tta)
-            if model.tower.frozen:  # for frozen blocks only what is trained on is cached
+            if model.tower.frozen:  # of frozen blocks only the training set is cached
                 cached += test_lesions * experiment.predict.transforms
             tokens[key] = max(tokens.get(key, 0), sizes.tokens * cached * number)
     in_run = experiment.tokens is None
@@ -123,8 +124,7 @@ def estimate_disk(
 
 @dataclass(frozen=True)
 class _ModelSizes:
-    """Bytes of the weights, of those that are not frozen, of the optimizer's state and of a frozen tower; bytes cached
-    of a lesion."""
+    """Bytes of a model. changing: weights that are not frozen.  tower: a frozen tower.  tokens: cached per lesion."""
 
     weights: int
     changing: int
@@ -161,7 +161,7 @@ def _state_bytes(module: object) -> int:
 
 
 def _lesions(packed: ShardIndex | str, source: str | None, short_side: int | None, views: int) -> tuple[int, int]:
-    """Return the number of lesions of a set and the bytes of its shards; before it is packed from the photos' files."""
+    """Return the number of lesions of a set and the bytes of its shards; estimated from the photos before packing."""
     if not isinstance(packed, str):
         return len(packed), packed.bytes
     if not source:

@@ -26,7 +26,7 @@ def imported(name: str) -> Any:
     """Import a module; None if it is not installed or its import fails."""
     try:
         return importlib.import_module(name)
-    except Exception:  # a broken installation raises anything, such as OSError for a shared library
+    except Exception:  # a broken installation raises many types, such as OSError for a shared library
         return None
 
 
@@ -36,7 +36,7 @@ def errors(findings: dict[str, list[Finding]]) -> list[Finding]:
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> None:
-    """Print one table per section; plain lines where rich is not installed."""
+    """Print one table per section; plain lines if rich is not installed."""
     if imported("rich") is None:
         for section, rows in findings.items():
             print(f"\n{section}")

@@ -1,4 +1,4 @@
-"""The accelerate file that a run will be started with: number of processes, and their rendezvous port."""
+"""Check the accelerate file of a run: number of processes, and their rendezvous port."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from triderm_dist.settings import read_mapping, untyped
 
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 SHARDING: dict[str, Strategy] = {"DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
-"""Strategies by distributed_type, where it names one."""
+"""Strategies by `distributed_type`; others are single or DDP."""
 DEFAULT_PORT = 29500
-"""Accelerate's rendezvous port where the file names none."""
+"""Accelerate's default rendezvous port."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _port(port: int, alternative: str) -> Finding:
     """Check that a port is free. alternative: the option that selects another one, for the advice."""
     if port == 0:
         return Finding("port", "any free one")
-    # Bind as the rendezvous store does: to all addresses, even while old connections are closing.
+    # Bind like the rendezvous store: to all addresses, even while old connections are closing.
     for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -143,7 +143,7 @@ def _port(port: int, alternative: str) -> Finding:
 
 
 def _holder(port: int) -> str:
-    """Name the program that listens on a port, where this user may see it."""
+    """Name the program that listens on a port, if this user may see it."""
     psutil = imported("psutil")
     if psutil is None:
         return ""

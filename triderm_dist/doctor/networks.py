@@ -15,14 +15,14 @@ from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
 USABLE, USABLE_BY_GRAPH, CONTEXT = 0.92, 0.8, 1.0
-"""Share of a GPU's memory that the allocator can use despite fragmentation, of steps launched one by one or as a CUDA
-graph, which keeps memory of its own; and GiB of the CUDA context.
+"""Usable share of a GPU's memory, considering fragmentation, for eager steps and for CUDA graphs, which keep a memory
+pool; and GiB of the CUDA context.
 """
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a training is to run. ranks: its processes.  gpu_memory: GiB of the GPU of each; None on the CPU.
+class Hardware:
+    """The hardware of a training. ranks: number of processes.  gpu_memory: GiB of the GPU of each; None on the CPU.
     canvas: of the photos in the shards, see `MemoryEstimate`.
     """
 
@@ -32,17 +32,17 @@ class Place:
     canvas: tuple[int, int] | None = None
 
 
-def network_findings(experiment: Experiment, signature: Signature, place: Place) -> list[Finding]:
+def network_findings(experiment: Experiment, signature: Signature, hardware: Hardware) -> list[Finding]:
     """Examine every model of an experiment."""
     return [
         finding
         for name, model in experiment.models.items()
         for finding in (
             _precision(name, model),
-            _split(name, model, place.ranks),
+            _split(name, model, hardware.ranks),
             _tower(name, model),
             *_init(name, model),
-            _memory(name, model, signature, place),
+            _memory(name, model, signature, hardware),
         )
     ]
 
@@ -68,7 +68,7 @@ def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
     return Finding(f"{name}: batch", f"{batch} = {ranks} rank(s) x {micro} x {batch // (ranks * micro)} accumulated")
 
 
-def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -> Finding:
+def _memory(name: str, model: ModelConfig, signature: Signature, hardware: Hardware) -> Finding:
     """Compare the memory of a training per rank with that of the GPU, if there is one."""
     title = f"{name}: memory"
     if imported("torch") is None or imported("timm") is None:
@@ -76,10 +76,10 @@ def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 
     micro, train = model.train.micro_batch, model.train
-    half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and place.gpu_memory is not None)
+    half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and hardware.gpu_memory is not None)
     estimate = partial(
-        estimate_model_memory, signature=signature, half=half, ranks=place.ranks, strategy=place.strategy,
-        canvas=place.canvas,
+        estimate_model_memory, signature=signature, half=half, ranks=hardware.ranks, strategy=hardware.strategy,
+        canvas=hardware.canvas,
     )  # fmt: skip
     try:
         need, note = estimate(model)
@@ -90,13 +90,13 @@ def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -
         f"a training takes about {memory(need.total(micro))} per rank at micro-batch {micro} (weights, their average "
         f"and optimizer {memory(need.fixed)}{', ' if note else ''}{note})"
     )
-    if place.gpu_memory is None:
+    if hardware.gpu_memory is None:
         return Finding(title, text)
-    graphed = train.graph is not False and place.strategy in ("single", "ddp")
-    usable = usable_bytes(place.gpu_memory, graphed)
+    graphed = train.graph is not False and hardware.strategy in ("single", "ddp")
+    usable = usable_bytes(hardware.gpu_memory, graphed)
     fitting = need.largest(usable, train.smallest_micro_batch)
     if need.total(micro) <= usable:
-        fits = f"micro-batches up to {max(micro, fitting or 0)} fit into {place.gpu_memory:.0f} GiB"
+        fits = f"micro-batches up to {max(micro, fitting or 0)} fit into {hardware.gpu_memory:.0f} GiB"
         return Finding(title, f"{text}; {fits}")
     remedies = [f"train.micro_batch={fitting}"] if fitting else []
     if not train.activation_checkpointing:
@@ -104,13 +104,11 @@ def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -
         if estimate(model.model_copy(update={"train": checkpointed}))[0].total(micro) <= usable:
             remedies.append("train.activation_checkpointing=true")
     advice = " or ".join(remedies) or "a larger GPU, deepspeed_zero3.yaml or fsdp2.yaml on several, or a smaller tower"
-    return Finding(title, f"{text}, more than a GPU of {place.gpu_memory:.0f} GiB has", "warning", advice)
+    return Finding(title, f"{text}, more than a GPU of {hardware.gpu_memory:.0f} GiB has", "warning", advice)
 
 
 def usable_bytes(gpu_memory: float, graphed: bool) -> float:
-    """Return the bytes of tensors that fit into a GPU, or a share of one, of `gpu_memory` GiB. graphed: the steps are
-    launched as a CUDA graph.
-    """
+    """Return the bytes of tensors that fit into `gpu_memory` GiB of a GPU. graphed: steps are CUDA graphs."""
     return ((USABLE_BY_GRAPH if graphed else USABLE) * gpu_memory - CONTEXT) * GIB
 
 
@@ -145,7 +143,7 @@ def _tower(name: str, model: ModelConfig) -> Finding:
 
 
 def _init(name: str, model: ModelConfig) -> list[Finding]:
-    """Name the networks that a training may begin with, and those of the extra towers; nothing without either."""
+    """Name the networks from which a training may start, and those of the extra towers; [] without either."""
     settings = {f"extra_towers.{number}": each.init for number, each in enumerate(model.extra_towers)}
     if model.init:
         settings = {"init": model.init, **settings}

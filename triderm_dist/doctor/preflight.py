@@ -1,4 +1,4 @@
-"""Check what a run needs in its later stages before its first one: labels, folds, stacker, test set, truth, disk."""
+"""Check the inputs of all stages of a run before its first one: labels, folds, stacker, test set, truth, disk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, T
 
 @dataclass(frozen=True)
 class Lesions:
-    """What the checks need of a set, packed or not.
+    """The lesions of a set, packed or not, for checks.
 
-    where: the set.  labels: (N,).  groups: returns (N,) integers by which folds are assigned.  folds: assigns them, as
-    `ShardIndex.folds`.
+    where: folder of the set.  labels: (N,).  groups: returns (N,) integers, the groups that folds keep together.
+    folds: assigns folds, as `ShardIndex.folds`.
     """
 
     where: str
@@ -42,7 +42,7 @@ class Lesions:
 
 
 def check_pipeline(experiment: Experiment) -> list[str]:
-    """Check the inputs of all stages of a pipeline, and return notes. Raises InputError for what would stop a stage."""
+    """Check the inputs of all stages of a pipeline, and return notes. Raises InputError if a stage would fail."""
     data = experiment.data
     check_members(experiment)
     _check_truth_file(experiment)
@@ -78,7 +78,7 @@ def check_pipeline(experiment: Experiment) -> list[str]:
 
 
 def check_training(experiment: Experiment, train: Lesions) -> None:
-    """Raise DataError where a training set cannot be split into the folds, or has fewer than two diagnoses."""
+    """Raise DataError if a training set cannot be split into the folds, or has fewer than two diagnoses."""
     present = np.unique(train.labels[train.labels != UNLABELED])
     if len(present) < 2:
         found = f"has lesions of {train.task.diagnosis_names[present[0]]} only" if len(present) else "has no labels"
@@ -101,9 +101,9 @@ def check_members(experiment: Experiment) -> None:
 
 
 def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:
-    """Return a note where a training may not find the disk space that it needs.
+    """Return a note if a training may run out of disk space.
 
-    Raises InputError if it certainly will not: if not even half of the estimate is free.
+    Raises InputError if less than half of the estimate is free.
     """
     test = str(experiment.test_shards)
     try:
@@ -119,7 +119,7 @@ def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:
 
 
 def lesions_of(index: ShardIndex) -> Lesions:
-    """Return what the checks need of a packed set."""
+    """Return the lesions of a packed set."""
     return Lesions(
         str(index.folder), index.task, index.lesion_ids, index.labels, lambda: index.fold_groups, index.folds,
         index.concepts,
@@ -127,9 +127,9 @@ def lesions_of(index: ShardIndex) -> Lesions:
 
 
 def _read(experiment: Experiment, split: str, source: str | None, check: Callable[[Lesions], None]) -> Lesions | None:
-    """Read a set and check it: the packed one, or where that is absent or fails the check the folder to be packed.
+    """Read a set and check it: the packed one, or the folder to pack if that is absent or fails the check.
 
-    Returns None for a folder whose rows have problems, which its packing lists.
+    Returns None for a folder whose rows have problems, which packing will list.
     """
     shards = experiment.train_shards if split == "train" else experiment.test_shards
     given = experiment.data.shards if split == "train" else experiment.data.test_shards
@@ -209,7 +209,7 @@ def _check_tokens(experiment: Experiment) -> None:
 
 
 def _check_towers(experiment: Experiment) -> None:
-    """Check that the weights of towers can be found, of models without a finished fold: a run keeps its towers."""
+    """Check that the weights of towers can be found, except for models with finished folds: a run stores its towers."""
     for name, model in experiment.models.items():
         folds = range(experiment.data.folds)
         if any((experiment.fold_folder(name, fold) / "fold.json").exists() for fold in folds):

@@ -1,8 +1,8 @@
-"""Compare the ranks that the doctor is started on, and check that they reach one another.
+"""Compare the ranks on which the doctor is started, and check that they reach each other.
 
-The ranks connect to a key-value store, so that one that does not answer can be named. Each writes its host, software,
-devices and shards there; then all of them all-reduce a buffer, as training all-reduces gradients. Rank 0 compares,
-prints, and decides the exit code of all ranks.
+The ranks connect to a key-value store, so that a rank without an answer can be named. Each writes its host, software,
+devices and shards; then all of them all-reduce a buffer, as training all-reduces gradients. Rank 0 compares, prints,
+and decides the exit code of all ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triderm_dist.schema import InputError
 BUCKET_MIB = 25
 """Size of the all-reduced buffer, as DDP's gradient buckets."""
 CLOCK_SECONDS = 2.0
-"""Difference in seconds between the clocks of two hosts up to which none is reported."""
+"""Difference in seconds between the clocks of two hosts above which it is reported."""
 EXAMINATION_SECONDS = 600.0
 """Seconds that the other ranks wait while rank 0 makes the remaining checks."""
 EXIT_SECONDS = 5.0
@@ -84,7 +84,7 @@ class Rendezvous:
     """The key-value store at MASTER_ADDR:MASTER_PORT. Raises InputError if it cannot be reached."""
 
     def __init__(self, seconds: float) -> None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every wait that times out prints a warning
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise each timeout prints a warning
         from torch.distributed import PrefixStore, TCPStore
 
         self.rank, self.world, self.seconds = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), seconds
@@ -103,9 +103,9 @@ class Rendezvous:
             raise self._unreachable(error) from None
         self.store = PrefixStore("doctor", store)
 
-    def gather(self, key: str, own: Any, ranks: Iterable[int]) -> dict[int, Any]:
-        """Publish a value of this rank. Rank 0 gets those of the `ranks` that answer in time, the others nothing."""
-        self._set(f"{key} {self.rank}", own)
+    def gather(self, key: str, value: Any, ranks: Iterable[int]) -> dict[int, Any]:
+        """Publish a value of this rank. Returns the values of `ranks` that answer in time on rank 0, {} on others."""
+        self._set(f"{key} {self.rank}", value)
         if self.rank:
             return {}
         names = {rank: f"{key} {rank}" for rank in ranks}
@@ -131,8 +131,8 @@ class Rendezvous:
     def exit_all(self, status: int) -> NoReturn:
         """On rank 0: exit all ranks with this code, once everything is printed.
 
-        All exit together, since a launcher kills the others when the first one fails; and by os._exit, since a thread
-        may hang in an all-reduce.
+        All exit together, since a launcher kills the others when the first one fails. Uses os._exit, since a thread may
+        hang in an all-reduce.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -242,13 +242,13 @@ def _all_reduce(rendezvous: Rendezvous, seconds: float, result: dict[str, Any]) 
             for _ in range(2):  # the first one connects
                 started = time.perf_counter()
                 dist.all_reduce(numbers)
-                total = float(numbers[0])  # waits for the device
+                total = float(numbers[0])  # synchronizes with the device
                 elapsed = time.perf_counter() - started
                 result.setdefault("clock", time.time())
             if total != rendezvous.world**2:
                 raise RuntimeError(f"the all-reduce of {name} returned a wrong sum")
             result[name] = elapsed
-    except Exception as error:  # whatever a backend raises is reported
+    except Exception as error:  # all errors of a backend are reported
         result["error"] = _first_line(error)
 
 
