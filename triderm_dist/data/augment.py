@@ -1,7 +1,7 @@
-"""Augmentation of photos and dropout of inputs, batched on the device, with random numbers that belong to a lesion.
+"""Augmentation of photos and dropout of inputs, batched on the device, with random numbers per lesion.
 
-Every random number is a hash of (seed, epoch, lesion, copy, name of the number). It depends on no rank, worker or
-order, so a lesion is augmented the same way however the batch is split.
+Every random number is a hash of (seed, epoch, lesion, copy, name of the number), independent of rank, worker and order,
+so that a lesion is augmented equally for any split of the batch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LesionRng:
         self._state, self._copies, self._prefix = state[:, None], copies.astype(np.uint64)[:, None], ""
 
     def uniform(self, name: str) -> np.ndarray:
-        """Return one number in [0, 1) for each lesion, (B,) float64: the same one whenever it is asked for."""
+        """Return one number in [0, 1) for each lesion, (B,) float64; the same name gives the same numbers."""
         return self.uniform_table([name])[:, 0]
 
     def uniform_table(self, names: Sequence[str]) -> np.ndarray:
@@ -65,7 +65,7 @@ class LesionRng:
         return taken
 
     def scoped(self, prefix: str) -> LesionRng:
-        """Return the numbers whose names begin with `prefix/`, to be asked for without it."""
+        """Return a view of these numbers in which names are prefixed by `prefix/`."""
         scoped = copy.copy(self)
         scoped._prefix = f"{self._prefix}{prefix}/"
         return scoped
@@ -88,7 +88,7 @@ class Augmentation(Section):
 
 
 class _ByView(Augmentation):
-    """An augmentation with a strength of its own for each view; 0 leaves the view as it is."""
+    """An augmentation with one strength per view; 0 does not change the view."""
 
     clinical: float = Field(0.0, ge=0)
     dermoscopic: float = Field(0.0, ge=0)
@@ -106,7 +106,7 @@ class Hue(_ByView):
 
     def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
         angle = np.radians(strength * (2 * rng.uniform("angle") - 1))
-        # Rodrigues' formula: of (red, green, blue), each takes part in itself, in the next and in the one before.
+        # Rodrigues' formula for a rotation around the gray axis: a circulant matrix over (red, green, blue).
         shares = [(1 + 2 * np.cos(angle - shift)) / 3 for shift in (0, -2 * math.pi / 3, 2 * math.pi / 3)]
         itself, following, before = (
             to_device(share.astype(np.float32), pixels.device).view(-1, 1, 1) for share in shares
@@ -274,7 +274,7 @@ class PhotoTransform:
         if config.dihedral:
             angle = angle + np.floor(4 * drawn["turns"]) * math.pi / 2
             mirror = np.where(drawn["flip"] < 0.5, -1.0, 1.0)
-        # The crop's center moves so far that an unrotated crop stays inside the photo; what leaves it is mirrored back.
+        # The center is shifted such that an unrotated crop stays inside the photo; pixels outside are mirrored.
         reach = np.maximum((width, height) - crop, 0) / 2
         shift = reach * (2 * np.stack([drawn["shift_x"], drawn["shift_y"]], 1) - 1)
         matrix = _affine(angle, mirror, crop, shift, height, width)
@@ -283,7 +283,7 @@ class PhotoTransform:
         return Crops(matrix, np.stack(factors, 1))
 
     def finish(self, crops: torch.Tensor, view: str, rng: LesionRng | None) -> torch.Tensor:
-        """Apply what follows geometry and color to crops (B, 3, size, size): `config.extra`."""
+        """Apply the augmentations of `config.extra` to crops (B, 3, size, size), after geometry and color."""
         if rng is not None:
             for name, augmentation in self.extra.items():
                 crops = augmentation.of_view(view)(crops, self._scoped(rng, view).scoped(name))
@@ -306,7 +306,7 @@ class PhotoTransform:
 
 
 def _strengthened(config: AugmentConfig, factor: float) -> AugmentConfig:
-    """Return the settings with the strengths of geometry and color multiplied by a factor, as far as ranges go."""
+    """Return the settings with the strengths of geometry and color multiplied by a factor, clipped to their ranges."""
     if factor == 1:
         return config
     strengths = {name: min(1.0, factor * getattr(config, name)) for name in (*_COLOR, "aspect")}

@@ -1,13 +1,13 @@
-"""Hashes in the place of group ids, such as patient ids, in everything that is packed.
+"""Hashes instead of group ids, such as patient ids, in packed sets.
 
-A group is written as HMAC-SHA256 of its id under a secret salt: equal where the ids are equal, and of no use to guess
-or to look up an id without the salt. Salt and ids stay in a file beside the packed folder, which only the owner reads:
+A group is written as the HMAC-SHA256 of its id with a secret salt: equal ids give equal hashes, from which ids cannot
+be guessed without the salt. Salt and ids stay in a file next to the packed folder, which only the owner can read:
 
     FOLDER.groups.csv     # triderm-groups 1, secret: ... salt=64 hexadecimal digits
                           group,hash                        one row per group
 
-The same salt gives the same hashes: a set that is packed again finds its own file, and a set that is packed with the
-salt of another one can be compared with it. index.json keeps a fingerprint of the salt, from which it does not follow.
+A set that is packed again uses the salt in its file. A set that is packed with the salt of another set can be compared
+with it. index.json holds a fingerprint of the salt, which does not reveal it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def groups_file(folder: str | os.PathLike[str]) -> Path:
 def hash_groups(
     dataset: Dataset, output: str | os.PathLike[str], salt: str | None = None, asked: bool = True
 ) -> tuple[Dataset, GroupHashes | None]:
-    """Return the data set with hashes in the place of groups, and the hashes; unchanged and None if there are none.
+    """Return the data set with hashes instead of groups, and the hashes; unchanged and None if there are no groups.
 
     The notes of the data set get those of `hashes_for`, which describes the arguments.
     """
@@ -123,8 +123,7 @@ def hashes_for(
     salt: str | None = None,
     asked: bool = True,
 ) -> tuple[GroupHashes | None, list[str]]:
-    """Return the hashes of groups, which the `groups_file` of `output` holds then too, and notes; None if no lesion
-    has a group but itself.
+    """Write the hashes of groups to the `groups_file` of `output`, and return them and notes; None without any groups.
 
     lesion_ids, groups: (N,) str.  column: the name of groups.  salt: that of another set (`salt_of`); None: that of the
     file, else a random one, which is in the file before anything is packed with it.  asked: False leaves groups as they
@@ -151,7 +150,7 @@ def hashes_for(
 def _hashes_of(
     groups: Sequence[str], output: str | os.PathLike[str], salt: str | None, asked: bool
 ) -> tuple[GroupHashes | None, list[str]]:
-    """Return the hashes of different groups, once they are in the file; None, with a note, where they stay."""
+    """Write the hashes of distinct groups to the file and return them; None, with a note, if groups are kept as ids."""
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
         is_hashed = "groups" in read_json(index)
@@ -195,7 +194,7 @@ def salt_of(where: str | os.PathLike[str]) -> bytes | None:
 
 
 def _own_salt(file: Path, given: bytes | None) -> bytes:
-    """Return the salt in `file`, after creating it with the given or a random salt where it does not exist."""
+    """Return the salt in `file`, which is created with the given or a random salt if it does not exist."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         _create(file, given or secrets.token_bytes(32))
@@ -209,7 +208,7 @@ def _own_salt(file: Path, given: bytes | None) -> bytes:
 
 
 def _create(file: Path, salt: bytes) -> None:
-    """Create a file of groups with a salt only, whole or not at all; that of a process that was faster stays."""
+    """Create a file of groups with a salt only, atomically; keep the file of a process that was faster."""
     descriptor, name = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".part", dir=file.parent)
     os.close(descriptor)
     try:

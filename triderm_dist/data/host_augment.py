@@ -1,9 +1,9 @@
 """Augment and normalize one photo at a time on the CPU, in the threads that decode photos.
 
 The crops are those that `augment.PhotoTransform` draws for a batch. One resampling by OpenCV does crop, rotation,
-quarter turns, flip and resizing, one 3x4 matrix color and normalization, all in float32: values differ from the batched
-ones by rounding alone, except where an augmented photo is reduced first, which rounds to uint8. OpenCV releases the
-GIL, and a photo stays in the cache of its core from the decoder to the batch.
+quarter turns, flip and resizing, and one 3x4 matrix does color and normalization, all in float32: values differ from
+the batched ones only by rounding, except for augmented photos that are reduced first, which rounds to uint8. OpenCV
+releases the GIL, and a photo stays in the cache of one core from the decoder to the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triderm_dist.runtime.extras import install_command, is_installed
 
 @functools.cache
 def opencv() -> Any | None:
-    """Return the module cv2; None if it is not installed, does not load, or samples otherwise than `PhotoTransform`.
+    """Return the module cv2; None if it is not installed, does not load, or samples differently than `PhotoTransform`.
 
     OpenCV before version 5, for example, rounds coordinates to 1/32 pixel.
     """
@@ -45,7 +45,7 @@ def opencv() -> Any | None:
 
 
 def describe() -> str:
-    """Return a line that says what crops and colors photos on a CPU."""
+    """Describe in one line which library augments photos on a CPU."""
     if cv2 := opencv():
         return f"photos are cropped and colored by OpenCV {cv2.__version__}, in the threads that decode them"
     advice = f"OpenCV is several times faster: {install_command('cv2')}"

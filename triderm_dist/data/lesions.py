@@ -1,4 +1,4 @@
-"""What plans and loaders read of lesions besides their photos."""
+"""The interface of a set of lesions for plans and loaders: everything except for photos."""
 
 from __future__ import annotations
 

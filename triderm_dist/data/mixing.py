@@ -1,11 +1,12 @@
-"""Mixup and CutMix: every lesion of a micro-batch is mixed with its neighbor, by a share that belongs to the lesion.
+"""Mixup and CutMix: every lesion of a micro-batch is mixed with its neighbor, with a share drawn per lesion.
 
-The lesions at places 2i and 2i + 1 of the global batch are partners; the order of an epoch is random, so partners are
-too. Micro-batches are even and contiguous parts of the global batch, so that no pair is divided, and the shares are
-hashes of (seed, epoch, lesion, copy): the mixture is the same however the batch is split. A draw b from the Beta
-distribution gives the partner the share min(b, 1 - b), so that a lesion keeps at least half of itself (CutMix: but for
-rounding to pixels). The larger shares of the other lesion are those of the pair in the other order. So what cannot be
-mixed, such as a category, is that of the larger share.
+The lesions at positions 2i and 2i + 1 of the global batch are partners; the order of an epoch is random, and so are the
+partners. Micro-batches are contiguous parts of the global batch with an even number of lesions, so that no pair is
+divided, and the shares are hashes of (seed, epoch, lesion, copy): the mixture is independent of the split.
+
+A draw b from the Beta distribution gives the partner the share min(b, 1 - b), so that a lesion keeps at least half
+(CutMix: up to rounding to pixels); each order of a pair is mixed, so that this loses no mixtures. Values that cannot be
+mixed, such as categories, are those of the larger share.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ class Mixing:
     def __call__(self, batch: Batch) -> Batch:
         """Return the mixed batch, with `targets`; the batch has an even number of lesions, and `draws`.
 
-        Mixed are: a view that both lesions have, concepts and numbers of the metadata that both have, and the targets.
-        Lesions of which one pads the batch, that share no view, or that have another class mask, stay as they are.
+        Mixes views, concepts and numeric metadata that both lesions have, and the targets. Pairs with padding, without
+        a common view, or with different class masks are not mixed.
         """
         assert batch.draws is not None
         device = batch.labels.device
         partner = torch.arange(len(batch.labels), device=device) ^ 1
         together = batch.valid & batch.valid[partner]
         both = batch.view_present & batch.view_present[partner]
-        if self._views:  # columns one by one: a list of them would be copied to the device, for which the host waits
+        if self._views:  # columns one by one: indexing by a list synchronizes with the device
             together = together & torch.stack([both[:, at] for at in self._views]).any(0)
         if batch.class_mask is not None:
             together = together & (batch.class_mask == batch.class_mask[partner]).all(1)
         images = {VIEWS[at]: getattr(batch, VIEWS[at]) for at in self._views}
-        images = {view: image for view, image in images.items() if image.numel()}  # the network may read one only
+        images = {view: image for view, image in images.items() if image.numel()}  # a network may use one view only
         side = next((_side(image) for image in images.values()), 1)
         share, depth, box = (to_device(drawn, device) for drawn in self._draw(batch, side))
         share = share * together
@@ -72,9 +73,10 @@ class Mixing:
         )
 
     def _draw(self, batch: Batch, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw for each lesion the partner's share of the whole and of the pixels in the box, (B,) float32, and the
-        box (B, 4) int64: first and last row and column, exclusive. mixup: the box is the whole image. CutMix: all of
-        the box is the partner's, so that its share of the whole is the area of the box.
+        """Draw for each lesion the partner's share of the image and of the pixels in the box, (B,) float32, and the box
+        (B, 4) int64: first and last row and column, exclusive.
+
+        mixup: the box is the whole image.  CutMix: the box is the partner's, whose share is the area of the box.
         """
         from scipy.special import betaincinv  # importing it takes a tenth of a second
 

@@ -1,8 +1,8 @@
 """Find lesions of two packed sets that share a photo: by the bytes of its JPEG, and by thumbnails.
 
-Two photos are similar where the edges of their thumbnails correlate by at least `SIMILAR`: the differences between
-neighboring pixels of 16 x 16 thumbnails, which dHash (Krawetz 2013) reduces to bits. It finds copies that were encoded
-again, resized, squashed or brightened, but none that was turned, mirrored or cropped by more than some percent.
+Two photos are similar if the edges of their thumbnails correlate by at least `SIMILAR`. Edges are the differences of
+neighboring pixels of 16 x 16 thumbnails, which dHash (Krawetz 2013) reduces to bits. This finds copies that were
+encoded again, resized, squashed or brightened, but none that were rotated, mirrored or cropped by several percent.
 docs/benchmarks.md has the measurement behind the threshold.
 """
 
@@ -27,7 +27,7 @@ from triderm_dist.schema import VIEWS, DataError, one_line
 SIDE = 16
 """Pixels of a side of a thumbnail."""
 SIMILAR = 0.955
-"""Correlation of the edges of two thumbnails from which on they show the same photo."""
+"""Least correlation of the edges of two thumbnails of the same photo."""
 CHUNK = 1024
 """Lesions per file."""
 BLOCK = 4096
@@ -118,7 +118,7 @@ def thumbnail(data: bytes) -> np.ndarray:
 def edges(thumbnails: np.ndarray) -> torch.Tensor:
     """Return the differences of neighboring pixels of (n, SIDE, SIDE, 3), scaled to length 1: (n, D) float32.
 
-    Those of a photo of one color, or of none, are zeros, which correlate with nothing.
+    They are zeros for a photo of one color or a missing one, which then correlates with none.
     """
     pixels = torch.from_numpy(thumbnails).float()
     differences = torch.cat([pixels.diff(dim=1).flatten(1), pixels.diff(dim=2).flatten(1)], 1)

@@ -1,4 +1,4 @@
-"""The photo files that are read: by which names they are found, and by which content they are known."""
+"""Formats of photo files: the suffixes by which they are found, and the content by which they are recognized."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".mpo"),
     *(".heic", ".heif", ".hif", ".avif"),
 )
-"""Suffixes by which photos are found; the content alone says which format a file has."""
+"""Suffixes by which photos are found; only the content determines a file's format."""
 OTHER_SUFFIXES = (
     *(".dcm", ".dicom", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".pdf", ".eps", ".tga", ".ico", ".mp4", ".mov"),
     *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".x3f"),
 )
 """Suffixes of pictures that are not read."""
 MAX_BYTES = 1 << 30
-"""Size of a photo file that is read, far above those of cameras."""
+"""Largest size of a photo file, far above those of cameras."""
 READ_FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -32,7 +32,7 @@ _FORMATS: dict[str, str] = {
 
 
 def format_of(data: bytes) -> str | None:
-    """Return Pillow's name of the format of a photo by its first bytes; None for what is not read."""
+    """Return Pillow's name of the format of a photo from its first bytes; None for formats that are not read."""
     found = _FORMATS.get(kind_of(data))
     # Either may come first in the brands of a file of both; the compatible brands tell which decoder it needs.
     return "AVIF" if found == "HEIF" and b"avif" in data[8 : int.from_bytes(data[:4], "big")] else found
@@ -66,7 +66,7 @@ def read_photo(path: str | os.PathLike[str]) -> bytes:
 
 
 def describe_error(error: OSError) -> str:
-    """Say why a file cannot be read, without its path, and equally on every system."""
+    """Return why a file cannot be read, without its path, in the same words on every system."""
     number = error.errno or 0
     known = {
         errno.ENOENT: "no such file",

@@ -82,7 +82,7 @@ class PhotoSet:
 
     @property
     def signature(self) -> Signature:
-        """What a network for these lesions takes and predicts."""
+        """The inputs and outputs of a network for these lesions."""
         return self.task.signature(self.concepts)
 
     @property
@@ -102,7 +102,7 @@ class PhotoSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what results depend on; a file counts by its path, size and time of change, not by its bytes."""
+        """SHA-256 of everything that determines results; of a file its path, size and time of change, not its bytes."""
         digest = hashlib.sha256()
         about = [self.task.meaning(), self.concepts, self.canvas, self.short_side, [*self.lesion_ids], [*self.groups]]
         digest.update(json.dumps(about).encode())
@@ -130,7 +130,7 @@ class PhotoSet:
         )  # fmt: skip
 
     def name_photo(self, row: int, view: str) -> str:
-        """Return the path of a photo, or whose it is where it has none, for messages."""
+        """Return the path of a photo, else its view and lesion, for messages."""
         photo = self.photos[view][row]
         return os.fspath(photo) if isinstance(photo, str | os.PathLike) else _whose(view, self.lesion_ids[row])
 
@@ -201,7 +201,7 @@ class PhotoSetSource(CanvasSource):
 def _held(photo: Photo | None) -> _Held | None:
     """Return a photo as a type that threads can read. Raises OSError, SyntaxError or ValueError if it is none."""
     if isinstance(photo, Image.Image):
-        photo.load()  # here, since one image must not be loaded by two threads
+        photo.load()  # loaded here, since two threads must not load one image
         return photo
     if isinstance(photo, np.ndarray):
         if photo.dtype != np.uint8 or photo.ndim not in (2, 3) or photo.shape[2:] not in ((), (1,), (3,), (4,)):

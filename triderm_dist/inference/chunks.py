@@ -1,8 +1,8 @@
-"""Predict many lesions: in chunks that are kept, so that the work can be interrupted and shared by many ranks.
+"""Predict many lesions in chunks that are stored, so that the work can be interrupted and shared by many ranks.
 
-A rank predicts every WORLD_SIZE-th chunk by itself, so the result does not depend on the number of ranks. Until all are
-done, they are in OUTPUT.part/000000.parquet, ...; a chunk is kept if it was predicted from the same lesions by the same
-networks, and is undamaged.
+A rank predicts every WORLD_SIZE-th chunk independently, so that the result does not depend on the number of ranks.
+Until all are done, they are in OUTPUT.part/000000.parquet, ...; on resume a chunk is used again if it was predicted
+from the same lesions by the same networks, and is undamaged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from triderm_dist.schema import Task
 from triderm_dist.submission import results_table
 
 BATCHES = 16
-"""Most batches of a chunk; fewer lesions are cut into `CHUNKS` chunks, if these have a batch each."""
+"""Largest number of batches per chunk; fewer lesions are divided into `CHUNKS` chunks of at least a batch each."""
 CHUNKS = 64
 POLL_SECONDS = 0.2
 _KEY = b"triderm-chunk"
@@ -83,7 +83,7 @@ class PredictionJob:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of all that the result depends on."""
+        """SHA-256 of everything that determines the result."""
         return hashlib.sha256("".join(self._key(number) for number in range(len(self.chunks))).encode()).hexdigest()
 
     def result(self) -> tuple[pa.Table, list[Problem], Counter[str]]:

@@ -56,7 +56,7 @@ def export_run(
         raise ConfigError("folds: a refit has one network per model; remove the setting")
     run = open_run_folder(run_folder, networks)
     part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(part, ignore_errors=True)  # left by an export that was killed
     part.mkdir(parents=True)
     try:
         if kind == "zip":
@@ -123,7 +123,7 @@ def _write_networks(
 
 
 def _preprocessing(run: RunFolder, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Describe how a photo becomes pixels, exactly."""
+    """Describe the preprocessing from a photo to pixels."""
     size, (width, height), short_side = preprocessing.size, run.canvas, run.short_side
     most = f"is over {1.5 * size:g} pixels, reduce it to that (bilinear, antialiased)"
     reduced, shown = {
@@ -152,7 +152,7 @@ def _preprocessing(run: RunFolder, preprocessing: Preprocessing) -> dict[str, An
 
 
 def _ensemble(run: RunFolder) -> dict[str, Any]:
-    """Describe how the run itself makes probabilities and decisions of the networks' outputs."""
+    """Describe how the run computes probabilities and decisions from the networks' outputs."""
     networks, transforms = max(map(len, run.networks.values())), run.experiment.predict.transforms
     steps = [
         f"average the logits over the {networks} network(s) of the model and the first {transforms} transforms of the "

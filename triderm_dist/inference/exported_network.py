@@ -1,4 +1,4 @@
-"""A trained network on plain tensors, with its frozen tower: what ONNX and `torch.export` files hold."""
+"""A trained network with plain tensors as inputs and outputs, for ONNX and `torch.export` files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triderm_dist.models.network import Network
 from triderm_dist.schema import VIEWS
 
 PRESENT, CONCEPTS, METADATA = "view_present", "concepts", "metadata"
-"""Names of the inputs besides the views."""
+"""Names of the inputs other than views."""
 
 
 class ExportedNetwork(nn.Module):

@@ -52,7 +52,7 @@ def write_network(path: Path, network: ExportedNetwork, kind: str) -> float:
                 write(path, network)
             except OSError:
                 raise
-            except Exception as error:  # whatever the exporters raise
+            except Exception as error:  # the exporters raise many types
                 reason = one_line(error, 160, with_type=True)
                 raise InputError(f"{path.name}: torch.export cannot export this network ({reason})") from None
             largest = largest_difference(read(path), network)
@@ -91,7 +91,7 @@ def _program(network: ExportedNetwork) -> torch.export.ExportedProgram:
 
 
 def _write_program(path: Path, network: ExportedNetwork) -> None:
-    content = io.BytesIO()  # writing to a full disk, PyTorch ends the process
+    content = io.BytesIO()  # PyTorch ends the process when it writes to a full disk
     torch.export.save(_program(network), content)
     with naming_file(path):
         path.write_bytes(content.getbuffer())
@@ -128,7 +128,7 @@ def _read_onnx(path: Path) -> Run:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporters' own messages on stdout, stderr and in warnings."""
+    """Hide the exporters' messages on stdout, stderr and in warnings."""
     logger, text = logging.getLogger("torch.onnx"), io.StringIO()
     level = logger.level
     logger.setLevel(logging.ERROR)

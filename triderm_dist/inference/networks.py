@@ -1,4 +1,4 @@
-"""The networks of a run in memory, with what those of all folds share split off."""
+"""The networks of a run in memory; modules that all folds share are computed once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FrozenTower(nn.Module):
         if self._on_cpu:
             return self.tower.as_cached(self._on_cpu(pixels))
         on_gpu = pixels.device.type == "cuda"
-        # A disabled autocast would do as well, but `torch.export` cannot save one around a frozen tower.
+        # Not by a disabled autocast, which `torch.export` cannot save around a frozen tower.
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
             tokens = self.tower(pixels)
         return self.tower.as_cached(tokens)
@@ -79,7 +79,7 @@ class FrozenTower(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The networks of one model, one a fold, in evaluation mode.
+    """The networks of one model, one per fold, in evaluation mode.
 
     encoders: by view, what the networks of all folds have in common at the input: a frozen tower, or the frozen blocks
     of a tower; empty if nothing is. The networks take its output instead of pixels.  dtype: of autocast, None
@@ -167,7 +167,7 @@ class NetworkLoader:
         return Embedding(self._prepare(frozen), Preprocessing.of(tower))
 
     def prepare(self, photos: int, report: Callable[[str], None]) -> None:
-        """Compute the loaded frozen towers as `CpuTower` does, on a CPU and where this number of photos repays it."""
+        """Compute the loaded frozen towers with `CpuTower`, if on a CPU and for enough photos to save time."""
         if self.device.type == "cpu" and photos >= MIN_PHOTOS:
             for tower in self._frozen.values():
                 tower.prepare(report)

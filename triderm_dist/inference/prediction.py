@@ -1,4 +1,4 @@
-"""The answer for one lesion."""
+"""The prediction for one lesion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prediction:
-    """The calibrated ensemble's answer for one lesion.
+    """The calibrated ensemble's prediction for one lesion.
 
     probabilities: by diagnosis.  diagnosis: the predicted one; where the rule of the task may predict several or
     none, a tuple.  decisions: by diagnosis, whether it is predicted.  members: probabilities of every network

@@ -1,7 +1,7 @@
-"""Predict photos by all networks of a run at once.
+"""Predict photos with all networks of a run.
 
-Every photo is read and decoded once. What networks have in common is computed once: pixels at a tower's size, tokens of
-a frozen tower, and the frozen blocks of the towers of all folds.
+Every photo is read and decoded once. Inputs that networks share are computed once: pixels at a tower's size, tokens of
+a frozen tower, and the output of frozen blocks that all folds share.
 
 Shapes: N lesions, B of a batch, V views, M members of the ensemble, C diagnoses, E width of embeddings.
 """
@@ -44,7 +44,7 @@ from triderm_dist.submission import Results
 
 
 class Answer(NamedTuple):
-    """What the ensemble says of N lesions.
+    """The ensemble's predictions for N lesions.
 
     members: (M, N, C) probabilities.  parts: the outputs of every network.  problems: by row, photos that could not be
     read and count as black.  changes: the number of photos by what was converted in them.
@@ -86,9 +86,9 @@ class Predictor:
         return self.run.fitted.members
 
     def prepare(self, lesions: int, transforms: int, report: Callable[[str], None] = lambda line: None) -> None:
-        """Make frozen towers faster on a CPU, from now on, where this number of lesions repays it.
+        """Use faster backends for frozen towers on a CPU from now on, if there are enough lesions to save time.
 
-        Probabilities change by rounding alone (see `models.cpu_tower`). report: is called with a line per tower.
+        Probabilities change only by rounding (see `models.cpu_tower`). report: called with a line per tower.
         """
         self._loader.prepare(lesions * transforms * len(self.run.signature.views), report)
 
@@ -244,6 +244,6 @@ class _Pixels:
 
 
 def _split(outputs: Outputs, parts: int) -> list[Outputs]:
-    """Cut the outputs of `parts` batches that passed a network at once."""
+    """Split the outputs of `parts` batches that were computed together."""
     columns = [[None] * parts if tensor is None else tensor.chunk(parts) for tensor in outputs]
     return [Outputs(*part) for part in zip(*columns, strict=True)]

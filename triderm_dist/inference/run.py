@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ID = "new"
-"""The lesion id of a prediction that got none."""
+"""The default lesion id of a prediction."""
 
 
 class Run:
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The networks of the ensemble, and `stack` where the stacker is a member."""
+        """The networks of the ensemble, and `stack` if the stacker is a member."""
         return self._run.fitted.members
 
     @property
@@ -163,7 +163,7 @@ class Run:
         predictor, transforms, lesions = self.predictor, self._transforms(tta), given.lesions
         predictor.prepare(len(lesions), transforms)
         tables, left_out, changes = [], [*given.problems], Counter[str]()
-        size = BATCHES * predictor.batch  # so that the features of all networks fit into memory
+        size = BATCHES * predictor.batch  # limits the memory for the features of all networks
         for start in range(0, len(lesions), size):
             part = lesions.take(slice(start, start + size))
             answer = predictor.predict(part, transforms, drop=invalid == "drop")
@@ -243,7 +243,7 @@ class Run:
         return tta or self._run.experiment.predict.transforms
 
     def _prediction(self, answer: Answer, notes: Iterable[str]) -> Prediction:
-        """Return the answer for one lesion."""
+        """Return the prediction for one lesion."""
         names = self.diagnoses
 
         def by_name(values: np.ndarray) -> dict[str, Any]:
@@ -320,7 +320,7 @@ class Run:
         return list(scores.values())
 
     def _warnings(self, photos: PhotoSet) -> Iterator[str]:
-        """Yield what makes a prediction less certain than those that the run was measured on."""
+        """Yield reasons why a prediction may be less reliable than those on which the run was scored."""
         for view, (photo,) in photos.photos.items():
             if photo is None:
                 yield f"no {view} photo"
@@ -346,7 +346,7 @@ class Run:
 
     @cached_property
     def _seen(self) -> list[np.ndarray | None]:
-        """The different values of each field that the run was trained on; None if it does not record them."""
+        """The distinct values of each field in the training set; None if the run does not record them."""
         return read_seen(self.folder, self.fields)
 
 
@@ -386,7 +386,7 @@ class PixelNetwork:
 
 
 def _text(value: Any) -> str:
-    """Return a value as a cell of a table holds it."""
+    """Return a value as the text of a table's cell."""
     if value is None or value != value:
         return ""
     return str(value).strip()
@@ -400,4 +400,4 @@ def _size(photo: Photo) -> tuple[int, int] | None:
         with Image.open(io.BytesIO(photo) if isinstance(photo, bytes) else photo) as image:  # type: ignore[arg-type]
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # reading it refuses it
+        return None  # reading it raises later

@@ -1,4 +1,4 @@
-"""What the folder of a trained run says about its networks and ensemble."""
+"""Read the description of a run's networks and ensemble from its folder."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from triderm_dist.tasks import recorded_task
 class RunFolder:
     """The content of a run's folder, without the networks themselves.
 
-    task, concepts: those that the networks were trained for.  networks: of each model of the ensemble, one a fold,
-    or the refitted one.
+    task, concepts: of the networks.  networks: of each model of the ensemble, one per fold, or the refitted one.
     canvas: (width, height) of the photos that they were trained on, short_side: to which packing reduced larger ones.
     """
 
