@@ -262,14 +262,15 @@ def placements(ranks: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, flo
     The placement of a positive is the share of negatives with a smaller rank, that of a negative the share of positives
     with a larger one; ties count half. ranks: (n,) integers.  positive: (n,) bool. NaN without both kinds.
     """
+    own, others = ranks[positive], ranks[~positive]
     size = int(ranks.max()) + 1
-    positives = np.bincount(ranks[positive], minlength=size)
-    negatives = np.bincount(ranks[~positive], minlength=size)
+    positives, negatives = np.bincount(own, minlength=size), np.bincount(others, minlength=size)
     with np.errstate(invalid="ignore"):
-        below = (np.cumsum(negatives) - negatives / 2) / negatives.sum()
-        above = (positives.sum() - np.cumsum(positives) + positives / 2) / positives.sum()
-    placed = np.where(positive, below[ranks], above[ranks])
-    return placed, float(placed[positive].mean()) if positive.any() else float("nan")
+        below = (np.cumsum(negatives) - negatives / 2) / len(others)
+        above = (len(own) - np.cumsum(positives) + positives / 2) / len(own)
+    placed = np.empty(len(ranks))
+    placed[positive], placed[~positive] = below[own], above[others]
+    return placed, float(placed[positive].mean()) if len(own) else float("nan")
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
