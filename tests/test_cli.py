@@ -113,7 +113,7 @@ def test_config_option_accepts_a_space_or_an_equals_sign(tmp_path):
         (KeyboardInterrupt(), 3, "interrupted: rerun the same command to resume\n"),
     ],
 )
-def test_exit_codes(error, code, text, capsys):
+def test_each_error_has_its_exit_code_and_one_line(error, code, text, capsys):
     def work() -> None:
         raise error
 

@@ -421,7 +421,7 @@ def runs(tmp_path_factory) -> Callable[[int], Run]:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in GROUPS[1] else ()) for name in RECIPES])
-def test_recipe(name, runs, tmp_path):
+def test_recipe_has_its_effect(name, runs, tmp_path):
     """The recipe is trained, killed, resumed and predicted (if in a group), and has its effect."""
     numbers = [number for number, group in enumerate(GROUPS) if name in group]
     if not numbers:

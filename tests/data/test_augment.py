@@ -177,7 +177,7 @@ def test_unknown_augmentation_or_setting_is_refused(extra, message, monkeypatch)
         PhotoTransform(16, AugmentConfig(extra=extra))
 
 
-def test_dihedral_group():
+def test_dihedral_transforms_are_eight_rotations_and_flips():
     x = torch.arange(9.0).view(1, 1, 3, 3)
     images = [dihedral(x, k) for k in range(8)]
     assert len({tuple(image.flatten().tolist()) for image in images}) == 8
@@ -186,14 +186,14 @@ def test_dihedral_group():
     assert torch.equal(images[5], torch.rot90(x, 1, (2, 3)).flip(-1))
 
 
-def test_normalize():
+def test_channels_are_normalized_by_mean_and_std():
     x = torch.rand(2, 3, 4, 4)
     y = normalize(x.clone(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     torch.testing.assert_close(y[:, 1], (x[:, 1] - 0.2) / 0.6)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_drop_inputs(rate):
+def test_inputs_are_dropped_at_the_configured_rate(rate):
     config = AugmentConfig(clinical_dropout=rate, dermoscopic_dropout=rate, concept_dropout=rate)
     keys = lesion_keys([str(i) for i in range(4000)])
     present = np.ones((4000, 2), bool)

@@ -40,7 +40,7 @@ def rows(index: ShardIndex) -> list[dict[str, Any]]:
     return result
 
 
-def test_conditions(index: ShardIndex) -> None:
+def test_condition_selects_the_lesions_that_python_selects(index: ShardIndex) -> None:
     lesions = rows(index)
     age = float(np.nanmedian(index.metadata[:, index.task.field_names.index("age")]))
     sex, concept = index.task.fields[index.task.field_names.index("sex")].categories[0], index.concepts[0]

@@ -40,7 +40,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_official_layout(demo: Path) -> None:
+def test_synthetic_set_has_the_official_layout(demo: Path) -> None:
     assert {path.name for path in (demo / "train").iterdir()} == {
         "MILK10k_Training_Input",
         "MILK10k_Training_Metadata.csv",

@@ -168,7 +168,7 @@ COMBINED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", COMBINED)
-def test_options_combined(settings, tmp_path, strategy):
+def test_combined_options_resume_a_one_process_checkpoint(settings, tmp_path, strategy):
     """Resume a one-process checkpoint of the same precision with combined options; losses stay close.
 
     Compiled blocks must draw the same dropout masks as eager ones: the exact soft F1 sums rely on it.

@@ -35,7 +35,7 @@ def check_program(*words: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["table", "photo"])
-def test_packing(tmp_path: Path, name: str) -> None:
+def test_pack_refuses_or_reads_damaged_tables_and_photos(tmp_path: Path, name: str) -> None:
     challenge = write_challenge(tmp_path / "challenge", lesions=6, size=(24, 18))
     path = challenge.truth_path if name == "table" else challenge.photo(3)
     data = path.read_bytes()
@@ -50,7 +50,7 @@ def test_packing(tmp_path: Path, name: str) -> None:
     fuzz(check, damaged, CASES)
 
 
-def test_indexing(tmp_path: Path) -> None:
+def test_index_refuses_or_reads_damaged_tars(tmp_path: Path) -> None:
     write_json(tmp_path / "task.json", TASK.to_mapping())  # JSON is YAML
     task = (tmp_path / "task.json").rename(tmp_path / "task.yaml")
     folder, data = tmp_path / "tars", joined(members(FORMATS["gnu"], in_json=True))
@@ -64,7 +64,7 @@ def test_indexing(tmp_path: Path) -> None:
     fuzz(check, st.one_of(edited_bytes(data), edited_fields(data)), CASES)
 
 
-def test_verifying(packed: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_verify_refuses_or_reads_a_damaged_index(packed: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = shutil.copytree(packed, tmp_path / "set")
     tree = json.loads((folder / "index.json").read_bytes())
 
@@ -76,7 +76,7 @@ def test_verifying(packed: Path, tmp_path: Path) -> None:  # noqa: F811
     fuzz(check, st.one_of(edited_json(tree), edited_json(without_checksum(tree))), CASES)
 
 
-def test_reading_settings(tmp_path: Path) -> None:
+def test_train_refuses_or_reads_damaged_settings(tmp_path: Path) -> None:
     path, text = tmp_path / "experiment.yaml", as_yaml(load(Experiment, "rtx4090"))
 
     def check(content: bytes) -> int:

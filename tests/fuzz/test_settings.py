@@ -102,7 +102,7 @@ def resolve(path: Path) -> None:
 
 @cases(4, 130)
 @pytest.mark.parametrize("resolved", [False, True])
-def test_damaged_experiment(tmp_path: Path, resolved: bool, cases: int) -> None:
+def test_damaged_experiment_is_refused_or_read(tmp_path: Path, resolved: bool, cases: int) -> None:
     """Damage a shipped experiment, and the file that a run saves, which has every setting."""
     path = ROOT / "launch/experiments/rtx4090.yaml"
     text = as_yaml(load(Experiment, path)) if resolved else path.read_text()
@@ -111,7 +111,7 @@ def test_damaged_experiment(tmp_path: Path, resolved: bool, cases: int) -> None:
 
 @cases(3, 120)
 @pytest.mark.parametrize("name", ["derm7pt", "pad_ufes_20"])
-def test_damaged_task(tmp_path: Path, name: str, cases: int) -> None:
+def test_damaged_task_is_refused_or_read(tmp_path: Path, name: str, cases: int) -> None:
     text = (ROOT / f"triderm_dist/tasks/{name}.yaml").read_text()
 
     def read(path: Path) -> None:
@@ -122,7 +122,7 @@ def test_damaged_task(tmp_path: Path, name: str, cases: int) -> None:
 
 
 @cases(3, 80)
-def test_damaged_space(tmp_path: Path, cases: int) -> None:
+def test_damaged_space_is_refused_or_read(tmp_path: Path, cases: int) -> None:
     text = next(iter(sorted((ROOT / "tune/spaces").glob("*.yaml")))).read_text()
     check_files("space.yaml", text, read_space, tmp_path, cases)
 

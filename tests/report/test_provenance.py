@@ -33,7 +33,7 @@ def test_a_run_without_a_record_has_no_date():
     assert (found.date, found.seconds, found.version, found.hardware) == (None,) * 4
 
 
-def test_words():
+def test_version_hardware_and_duration_are_formatted():
     assert version(MADE) == "0.1.0 (0123456789ab, changed)" and hardware(MADE) == "2 cores of AMD EPYC"
     assert [duration(seconds) for seconds in (4, 61, 3599, 12_000)] == ["4 s", "1 min", "1 h 0 min", "3 h 20 min"]
 

@@ -30,7 +30,7 @@ DOCKER_1 = "4:memory:/docker/1f\n3:cpu,cpuacct:/docker/1f\n"
         ("0::/a\n", {}, None),
     ],
 )  # fmt: skip
-def test_cpu_quota(own, files, cores, tmp_path):
+def test_cpu_quota_is_the_smallest_of_all_groups(own, files, cores, tmp_path):
     assert cpu_quota(write(tmp_path, files), group(tmp_path, own)) == cores
 
 
@@ -45,7 +45,7 @@ def test_cpu_quota(own, files, cores, tmp_path):
         ("", {}, None),
     ],
 )  # fmt: skip
-def test_memory_limit(own, files, limit, tmp_path):
+def test_memory_limit_excludes_reclaimable_cache(own, files, limit, tmp_path):
     assert memory_limit(write(tmp_path, files), group(tmp_path, own)) == limit
 
 

@@ -18,9 +18,9 @@ def test_table_aligns_names_left_and_numbers_right():
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (360_000, "100:00:00")])
-def test_clock(seconds, text):
+def test_seconds_are_formatted_as_hours_minutes_seconds(seconds, text):
     assert clock(seconds) == text
 
 
-def test_counted():
+def test_counts_have_plural_and_thousands_separator():
     assert [counted(number, "rank") for number in (1, 2, 1000)] == ["1 rank", "2 ranks", "1,000 ranks"]

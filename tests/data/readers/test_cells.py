@@ -15,7 +15,7 @@ AGE = MetadataField("age", "age", "number", high=120)
 
 
 @pytest.mark.parametrize(("text", "value"), [("85+", 85.0), ("2,5", 2.5), ("2.5", 2.5), ("unknown", math.nan)])
-def test_number_formats(text: str, value: float) -> None:
+def test_numbers_with_comma_or_plus_are_parsed(text: str, value: float) -> None:
     assert parse_field(AGE, text) == pytest.approx(value, nan_ok=True)
 
 

@@ -458,7 +458,7 @@ def test_cache_in_a_folder_of_everybody_is_a_folder_of_the_user(server, tmp_path
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
-def test_is_url():
+def test_urls_are_told_from_paths():
     urls = ("s3://b", "gs://b", "hf://datasets/a/b", "https://h/x", "memory://x", "simplecache::s3://b", "pipe:cat {}")
     for url in urls:
         assert is_url(url), url
@@ -562,7 +562,7 @@ def test_url_query_is_kept_last_and_hidden_in_messages():
     assert store.shown("a.tar") == "https://host/set/a.tar"
 
 
-def test_s3(packed, tmp_path, monkeypatch):
+def test_shards_are_read_from_s3(packed, tmp_path, monkeypatch):
     moto = pytest.importorskip("moto.server", reason="moto is not installed")
     pytest.importorskip("s3fs")
     import fsspec

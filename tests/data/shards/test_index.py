@@ -225,7 +225,7 @@ def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> N
     assert verify(index, 2, 0) == []
 
 
-def test_tar_offsets(tmp_path: Path) -> None:
+def test_tar_writer_returns_the_offsets_of_members(tmp_path: Path) -> None:
     """Members with sizes around the block size are at the offsets that `add` returns; tarfile finds no others."""
     members = {f"m{size}": bytes([size % 251]) * size for size in (1, 511, 512, 513, 1024, 9999)}
     writer = TarWriter(tmp_path / "a.tar")

@@ -40,7 +40,7 @@ NUMBERED = Task.from_mapping(
         (b"{}", b"", UNLABELED),
     ],
 )
-def test_labels(record: bytes | None, cls: bytes | None, label: int) -> None:
+def test_label_is_read_from_json_or_cls(record: bytes | None, cls: bytes | None, label: int) -> None:
     assert parse_record("L1", record, cls, NUMBERED).label == label
 
 
