@@ -25,7 +25,7 @@ _IN_FOOTER, _FOOTER_KEY = b"in the footer", b"triderm.checksums.footer"
 
 
 class DamagedFile(Exception):
-    """The content of a file is not what was written. The text says so, without the file's name."""
+    """The content of a file differs from what was written. The message does not name the file."""
 
 
 def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def with_first(kind: type[Section], arguments: list[str], first: str) -> list[st
 
 @contextmanager
 def _process() -> Iterator[None]:
-    """Context of all that a program does: its process is set up, its output may be closed by who reads it, and has no
+    """Run a program in the block: its process is set up, its output may be closed by the reader, and has no
     secrets.
     """
     prepare_process()
@@ -196,7 +196,7 @@ def _status_of(work: Callable[[], None]) -> int:
 
 
 def _exit(status: int) -> None:
-    """Exit with a status other than 0; a rank of a process group exits with any.
+    """Exit with a status. With status 0 only ranks of a process group exit; other programs return.
 
     A rank waits for its threads and runs the exit handlers, but Python is not finalized: where a thread of gloo still
     releases the tensors of a finished collective it would abort (https://github.com/pytorch/pytorch/pull/179291).

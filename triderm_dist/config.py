@@ -473,7 +473,7 @@ class TrainConfig(Section):
 
     @property
     def averages(self) -> bool:
-        """Whether the training keeps an average of the weights beside them."""
+        """Whether the training keeps an average of the weights."""
         return self.ema_decay > 0 or self.swa_epochs > 0
 
     @property
@@ -754,7 +754,7 @@ class Experiment(Extensible):
     """The settings of a run."""
 
     uses: ClassVar[tuple[str, ...] | None] = None
-    """Keys and sections of the experiment that have an effect on a program; None stands for all."""
+    """Keys and sections of the experiment that affect a program; None means all."""
 
     output: PathText = Field("runs/default", description="folder of the run")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of initial weights, order of lesions and augmentation")
@@ -1135,7 +1135,7 @@ def import_plugins(names: Any) -> None:
             assert spec is not None and spec.loader is not None
             sys.modules[module] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[module])
-        except Exception as error:  # whatever a user's file raises
+        except Exception as error:  # a user's file may raise any type
             sys.modules.pop(module, None)
             raise ConfigError(f"plugins: {name}: {one_line(error, with_type=True)}") from error
 

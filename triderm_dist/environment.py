@@ -136,7 +136,7 @@ def this_environment() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """Return the model name of the CPU, or its architecture where the system does not tell."""
+    """Return the model name of the CPU, or its architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Say what a file is by its first bytes, for messages about a file that is not what its name says."""
+"""Recognize kinds of files by their first bytes, for messages about files with a wrong suffix."""
 
 from __future__ import annotations
 

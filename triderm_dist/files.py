@@ -29,7 +29,7 @@ except ImportError:  # of Windows
 from triderm_dist.schema import Busy, InputError
 
 LOCK_SECONDS = "TRIDERM_LOCK_SECONDS"
-"""Environment variable: how many seconds to wait for another process that works on the same files."""
+"""Environment variable: seconds to wait for another process that works on the same files."""
 
 
 PATIENT_DATA = 0o640
@@ -37,7 +37,7 @@ PATIENT_DATA = 0o640
 NEW_FILE = 0o666
 """Mode of all other files, less the umask."""
 _PART = re.compile(r"\.(\d+|[\w-]+-\d+-[0-9a-f]{8})\.part$")
-"""The end of a temporary name; earlier versions had the process id alone."""
+"""Suffix of a temporary name; earlier versions had only the process id."""
 _CLEANED: set[Path] = set()
 """Folders from which this process has removed the temporary files of killed writers."""
 _UNLOCKED_SECONDS = 24 * 3600
@@ -264,7 +264,7 @@ def file_sha256(path: Path) -> str:
 
 
 def lock_seconds() -> float:
-    """Return how long `exclusive_lock` waits for a process that is just ending."""
+    """Return the seconds that `exclusive_lock` waits for a process that is ending."""
     try:
         return float(os.environ.get(LOCK_SECONDS, "30"))
     except ValueError:

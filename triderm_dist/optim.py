@@ -16,7 +16,7 @@ from triderm_dist.schema import ConfigError, one_line
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor as it is."""
+    """Return this rank's shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -177,7 +177,7 @@ def check_names(config: OptimConfig) -> None:
 
 
 def state_size(config: OptimConfig) -> float:
-    """Return how many numbers the optimizer keeps per parameter of a matrix: 2 for AdamW, its moments."""
+    """Return the number of state values per element of a weight matrix: 2 for AdamW, its moments."""
     parameter = nn.Parameter(torch.zeros(8, 8))
     optimizer = _new_optimizer([{"params": [parameter], "weight_decay": config.weight_decay}], config)
     parameter.grad = torch.zeros_like(parameter)
@@ -187,7 +187,7 @@ def state_size(config: OptimConfig) -> float:
 
 
 def is_capturable(config: OptimConfig) -> bool:
-    """Return whether a CUDA graph can hold the optimizer's step, which skips non-finite steps by itself."""
+    """Return whether a CUDA graph can capture the optimizer's step, including the skip of non-finite steps."""
     optimizer = _new_optimizer([{"params": [nn.Parameter(torch.zeros(8, 8))], "weight_decay": 0.0}], config)
     return getattr(optimizer, "_step_supports_amp_scaling", False) and "capturable" in optimizer.defaults
 

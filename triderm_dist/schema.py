@@ -609,7 +609,7 @@ def _build(kind: type[Any], raw: Any, at: str) -> Any:
 
 
 def _type_in_words(value: Any) -> str:
-    """Name what was found in the place of an expected value, for messages."""
+    """Describe the type of a value that was found instead of the expected one, for messages."""
     return "a list" if isinstance(value, list | tuple) else "a mapping" if isinstance(value, Mapping) else repr(value)
 
 

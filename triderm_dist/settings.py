@@ -149,11 +149,11 @@ def _section(annotation: Any) -> type[Section] | None:
 MAX_FILE = 1 << 20
 """Bytes of a YAML file."""
 MAX_VALUES, MAX_LEVELS = 100_000, 50
-"""Of a YAML document in which every alias is replaced by what it stands for."""
+"""Of a YAML document in which every alias is replaced by its content."""
 
 
 class _Refused(yaml.YAMLError):
-    """A document that YAML allows and settings do not; the text says why."""
+    """A document that is valid YAML but not valid settings; the message says why."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -179,7 +179,7 @@ def _packing_stages(config: PipelineRun, setting: str, task: Task) -> list[Stage
 
 
 def _warm_start(config: Experiment, name: str) -> list[Path]:
-    """Return the descriptions of the weights that a model begins with; none where that run is gone and all is trained.
+    """Return the files that describe a model's initial weights; [] if their run no longer exists and all is trained.
 
     Raises ConfigError if it is not there and a fold is not finished.
     """
@@ -199,7 +199,7 @@ def _warm_start(config: Experiment, name: str) -> list[Path]:
 
 
 def _without_paths(data: dict[str, Any]) -> dict[str, Any]:
-    """Leave out where the data lie: the inputs of the stages are compared by content."""
+    """Remove paths of data: inputs of the stages are compared by content."""
     paths = ("source", "test", "shards", "test_shards", "test_truth")
     kept = {key: value for key, value in data.items() if key not in paths}
     return {key: [_without_paths(each) for each in value] if key == "extra" else value for key, value in kept.items()}

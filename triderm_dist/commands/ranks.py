@@ -85,7 +85,7 @@ def status_of(exit_code: int) -> int:
 
 
 def restart_only_what_may_succeed() -> None:
-    """Make torch's agent give up, whatever --max_restarts allows, where a rank refuses its input: it would again."""
+    """Prevent restarts by torch's agent (--max_restarts) after invalid input, which would fail again."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     def monitor(agent: Any, group: Any) -> Any:

@@ -46,7 +46,7 @@ def main(config: RefitRun) -> None:
 
 
 def needed(config: RefitRun) -> tuple[str, ...]:
-    """Return the networks that predict: of ensemble.json, before it is fitted all that it may take."""
+    """Return the names of the models in ensemble.json; before it exists, of all that the ensemble may use."""
     from triderm_dist.ensemble.artifact import Ensemble
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 

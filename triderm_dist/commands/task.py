@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from triderm_dist.data.readers.dataset import Dataset
 
 ROLES = ("diagnosis", "lesion_id", "group", "view")
-"""What the user may name a column for, where its own name does not say it."""
+"""Roles of columns that the user may name if the columns' names do not tell them."""
 
 
 def main(arguments: list[str]) -> None:

@@ -36,7 +36,7 @@ class LesionRng:
     """Random numbers for the lesions of one batch: splitmix64 (Steele et al. 2014) over (seed, epoch, lesion, name,
     copy).
 
-    keys: `lesion_keys` (B,). copies (B,): how often the lesion came before in this epoch.
+    keys: `lesion_keys` (B,). copies (B,): number of earlier occurrences of the lesion in this epoch.
     """
 
     def __init__(self, seed: int, epoch: int, keys: np.ndarray, copies: np.ndarray) -> None:
@@ -206,7 +206,7 @@ def drop_inputs(
     """Drop views and concept scores at random.
 
     Returns view_present (B, 2) with False for dropped views, and concepts (B, K) with NaN for dropped scores. A view
-    is dropped only where the other one is kept.
+    is dropped only if the other one is kept.
     """
     dropout = [config.clinical_dropout, config.dermoscopic_dropout]
     keep = rng.uniform_table([f"hide/{view}" for view in VIEWS]) >= dropout

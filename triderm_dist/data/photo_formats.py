@@ -34,7 +34,7 @@ _FORMATS: dict[str, str] = {
 def format_of(data: bytes) -> str | None:
     """Return Pillow's name of the format of a photo from its first bytes; None for formats that are not read."""
     found = _FORMATS.get(kind_of(data))
-    # Either may come first in the brands of a file of both; the compatible brands tell which decoder it needs.
+    # The major brand of AVIF and HEIC files is ambiguous; the compatible brands determine the decoder.
     return "AVIF" if found == "HEIF" and b"avif" in data[8 : int.from_bytes(data[:4], "big")] else found
 
 

@@ -53,9 +53,9 @@ class PhotoSet:
         concept_scores: np.ndarray | None = None,
         metadata: np.ndarray | None = None,
     ) -> None:
-        """photos: of each view, one a lesion, None where missing; a view that is not named is missing everywhere.
+        """photos: {view: one photo per lesion, None where missing}; other views are missing for all lesions.
 
-        By default all scores, metadata and labels are missing, ids are row numbers, and each lesion is its own group.
+        By default all scores, metadata and labels are missing, ids are row numbers, and lesions have no groups.
         Raises DataError for a view that the task lacks, and for a photo in memory that cannot be used.
         """
         if unknown := [view for view in photos if view not in task.view_names]:

@@ -78,7 +78,7 @@ class Sampling:
 class PlannedBatch:
     """One rank's part of a global batch.
 
-    rows (n,) int64: index rows.  copies (n,) int64: how often the lesion came before in this epoch.  valid (n,) bool:
+    rows (n,) int64: index rows.  copies (n,) int64: earlier occurrences of the lesion in this epoch.  valid (n,) bool:
     False for padding.  count: valid lesions in the global batch of all ranks.
     """
 
@@ -201,7 +201,7 @@ class EpochPlan:
 
     @functools.cached_property
     def _repeated(self) -> list[_Repeated]:
-        """The diagnoses whose samples are taken more than once."""
+        """The diagnoses whose samples are repeated."""
         found, counts = [], self.samples.counts
         factors = repeat_factors(counts, self.sampling.threshold, self.sampling.power)
         for diagnosis in np.flatnonzero(factors > 1).tolist():
@@ -214,7 +214,7 @@ class EpochPlan:
 
     @property
     def _repeats(self) -> tuple[np.ndarray, np.ndarray]:
-        """The samples (n,) that are taken more than once in this epoch, in order, and how often each is, (n,) int64."""
+        """The samples (n,) that are repeated in this epoch, in order, and their numbers of occurrences, (n,) int64."""
         repeats = np.ones(len(self.samples), np.int32)
         for each in self._repeated:
             members = np.flatnonzero(self.samples.labels == each.diagnosis)

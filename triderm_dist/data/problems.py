@@ -36,7 +36,7 @@ class Problem:
 
 
 class InvalidLesions(DataError):
-    """A data set with invalid lesions; the text is the first of its `problems` and how many there are."""
+    """A data set with invalid lesions; the message holds the first of its `problems` and their number."""
 
     def __init__(self, problems: Sequence[Problem], lesions: int) -> None:
         bad = len({problem.lesion_id for problem in problems})

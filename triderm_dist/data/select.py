@@ -40,7 +40,7 @@ class _Column:
 
 
 def select_rows(index: ShardIndex, condition: str) -> np.ndarray:
-    """Return (N,) bool, whether each lesion meets the condition. Raises ConfigError for one that cannot be read."""
+    """Return whether each lesion meets the condition, (N,) bool. Raises ConfigError for an invalid condition."""
     try:
         return _mask(ast.parse(condition.strip(), mode="eval").body, index)
     except (SyntaxError, RecursionError, MemoryError, ValueError):

@@ -1,4 +1,4 @@
-"""Thread pools: how many threads to use, and work on items in order; the type of work on many machines."""
+"""Thread pools: the number of threads to use, ordered work on items, and the type of work on many machines."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class TokenCache:
         self._max_open = max(1, min(MAX_OPEN, open_files_limit() // 4))
 
     def means(self) -> TokenCache:
-        """Return the cache of the mean token of each photo, as one token in float32, in a folder of its own."""
+        """Return the cache, in another folder, of the mean token of each photo, as one token in float32."""
         return TokenCache(
             self.folder.with_name(f"{self.folder.name}-mean"), self.lesions, (1, self.shape[-1]), "float32"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 TokenDtype = Literal["float16", "bfloat16", "int8", "float32"]
 BLOCK = 32
-"""int8: neighboring numbers that share a scale. A channel of large numbers costs only those beside it precision."""
+"""int8: neighboring numbers that share a scale. A channel of large values reduces only its neighbors' precision."""
 
 
 @dataclass(frozen=True)

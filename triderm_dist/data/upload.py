@@ -1,4 +1,4 @@
-"""Copies of batches to the device and of results from it, and how long the device waited for data.
+"""Copy batches to the device and results from it, and measure how long the device waited for data.
 
 On a GPU copies run on a stream of their own, which does not wait for the kernels that are queued on the stream of the
 network: so they overlap with the computation of the batches before.
@@ -126,7 +126,7 @@ def read_behind(copies: Iterable[HostCopy]) -> Iterator[list[np.ndarray]]:
 
 
 class DataWait:
-    """Measures how long a device has nothing to compute because data is not ready.
+    """Measures the time in which a device idles because data is not ready.
 
     On a GPU from events on the current stream: the host may wait while the GPU still computes what was queued before,
     which costs nothing. Elsewhere it is the time of the host.

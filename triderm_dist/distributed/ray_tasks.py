@@ -20,7 +20,7 @@ RETRIES = 5
 def ray_tasks(address: str, cpus: int, doing: str) -> Iterator[Distribute]:
     """Context with a function that has shards worked on by the Ray cluster at `address`, each on `cpus` cores.
 
-    doing: what is done with them, such as "packing", for the line that says how many at once. Paths in the work are
+    doing: the kind of work, such as "packing", for the line with the number of concurrent tasks. Paths in the work are
     absolute: the processes have other working folders. Raises InputError if Ray does not start, ConfigError if no
     machine has the cores.
     """

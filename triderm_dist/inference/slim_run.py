@@ -37,7 +37,7 @@ from triderm_dist.schema import ConfigError, DataError
 _METADATA = re.compile(r"\A---\n.*?^---\n\n?", re.M | re.S)
 _PART = re.compile(r'[^\x00-\x1f\\/:*?"<>|.][^\x00-\x1f\\/:*?"<>|]*(?<![. ])')
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The time of every file in a zip, so that its bytes depend on the run alone."""
+"""The time stamp of every file in a zip, constant so that its bytes depend only on the run."""
 
 
 def write_slim_run(run: RunFolder, folder: Path) -> None:

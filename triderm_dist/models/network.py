@@ -125,7 +125,7 @@ class Network(nn.Module, ABC):
         self.fine_head = Head(self.config.width, labels, "softmax", self.config.dropout)
 
     def add_lora(self, config: LoraConfig) -> None:
-        """Train only small products beside the weights of the towers, see `models.lora`."""
+        """Train only low-rank updates of the towers' weights, see `models.lora`."""
         for tower in self._towers():
             add_lora(tower, config)
 

@@ -1,4 +1,4 @@
-"""Find weight files, and read them without running code: what they are, their parts, and what wraps the tensors."""
+"""Find weight files and read them without running code: their format, their parts, and prefixes of tensor names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_DEPTH = 8
 """Levels of a checkpoint that are searched for its tensors."""
 
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|rng_state.*|random_states.*|training_args)\.\w+")
-"""Files that training scripts write beside the weights."""
+"""Files that training scripts write next to the weights."""
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _UNPICKLED = re.compile(r"GLOBAL ([\w.]+)")
@@ -153,7 +153,7 @@ def _load_pickle(file: Path) -> object:
         # Training scripts save their parsed arguments with the tensors; a Namespace runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]), file.open("rb") as opened:
             return torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises types of its own
+    except Exception as error:  # the reader raises types that are not exported
         if found := _UNPICKLED.search(str(error)):
             why = f"it holds a Python object, {found[1]}, that would run code"
             raise _unreadable(file, why, "save its state dict alone") from None
@@ -251,7 +251,7 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
                 raise
             except EntryNotFoundError:
                 continue
-    except Exception as error:  # whatever the hub's client raises: no network, unknown or gated repository
+    except Exception as error:  # the hub's client raises many types: no network, unknown or gated repository
         raise InputError(
             f"hf-hub:{repository}: cannot download {names[0]} ({one_line(error, 160, with_type=True)}); "
             "check the id and the network, or download the files and use local-dir:PATH"

@@ -187,7 +187,7 @@ def log_scores(
             tracker = _started(tracker_class(kind), arguments, tracker_settings.get(kind, {}), {})
             tracker.log(dict(scores))
             tracker.finish()
-        except Exception as error:  # whatever a service or its client raises
+        except Exception as error:  # services and their clients raise many types
             print(wrapped(f"scores are not logged to {kind}: {one_line(error, 200)}"), flush=True)
 
 
@@ -216,7 +216,7 @@ def _started(cls: Any, arguments: dict[str, Any], own: Mapping[str, Any], settin
         tracker.start()
         if settings and cls.name != "tensorboard":  # it would open a second event file; they are in config.yaml
             tracker.store_init_configuration(dict(settings))
-    except Exception as error:  # whatever a service or its client raises
+    except Exception as error:  # services and their clients raise many types
         reason = one_line(error, 200, with_type=True)
         raise ConfigError(f"train.trackers: {cls.name} did not start ({reason}); set it up or remove it") from None
     return tracker

@@ -16,7 +16,7 @@ _NO_LIMIT = 1 << 60
 
 
 def cpu_quota(root: Path = ROOT, own: Path = OWN) -> float | None:
-    """Return how many cores the groups of this process may use together; None without a limit."""
+    """Return the number of cores that the groups of this process may use; None without a limit."""
     quotas = []
     for folder in _folders("cpu", root, own):
         words = _read(folder / "cpu.max").split()  # version 2: QUOTA PERIOD, in microseconds
@@ -47,7 +47,7 @@ def memory_limit(root: Path = ROOT, own: Path = OWN) -> tuple[int, int] | None:
 
 
 def _folders(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders of the groups of this process, of both versions, from its own to the root."""
+    """Yield the folders of the groups of this process (cgroup v1 and v2), from the innermost to the root."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a program sets up for its process, whatever started it: standard streams, a home folder, open files."""
+"""Set up the process of a program: standard streams, a home folder, the limit of open files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 MAX_OPEN_FILES = 65_536
 """More than this are never needed at once; some systems have no limit, and fail at such a number."""
 _GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN, errno.ECONNRESET)
-"""Errors of writing to a closed pipe, a terminal that is gone, a socket."""
+"""Errors of writing to a closed pipe, terminal or socket."""
 
 
 def prepare_process() -> None:
@@ -147,7 +147,7 @@ def raise_open_files_limit() -> None:
 
 
 def open_files_limit() -> int:
-    """Return how many files this process may have open."""
+    """Return the limit of open files of this process."""
     try:
         import resource
     except ImportError:

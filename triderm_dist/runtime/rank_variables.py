@@ -1,4 +1,4 @@
-"""The environment variables that tell a process its rank, checked together before anything reads one of them.
+"""Check the environment variables of a rank together, before anything reads one of them.
 
 Half a set (a shell inside of mpirun, a pod with RANK alone, a variable that was exported once) otherwise ends in a
 traceback of a library, or in a process that waits for ranks which never come.
@@ -54,7 +54,7 @@ def _check_own(environment: Mapping[str, str], found: Mapping[str, str]) -> None
 
 
 def _check_families(environment: Mapping[str, str]) -> None:
-    """Refuse processes that another launcher started: each would work as if it were alone, on the same files."""
+    """Refuse processes of unsupported launchers: each would run as a single process, on the same files."""
     for launcher, (size_name, rank_name) in FAMILIES.items():
         size, rank = (_number(environment, name) for name in (size_name, rank_name))
         present = [name for name in (size_name, rank_name) if name in environment]

@@ -26,7 +26,7 @@ _SECRET_WORD = (
     r"password|passwd|passphrase|pwd|secret|token|authorization|credentials?|signature|cookie|sas|sig"
     r"|(?:api|access|account|auth|private|secret|encryption|shared|session|storage)[-_.]?key(?:[-_.]?id)?"
 )
-# Repetitions are bounded, so that the time is linear in the length of a text, whatever it holds.
+# Repetitions are bounded, so that the time is linear in the length of any text.
 _NAME = rf"(?:[\w.-]{{0,60}}[-_.])?(?:{_SECRET_WORD})"
 _SECRET_NAME = re.compile(_NAME, re.I)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -71,7 +71,7 @@ _registered: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """Return a text with `***` in the place of each secret."""
+    """Return a text with `***` instead of each secret."""
     for value in sorted({*_of_environment(), *_registered}, key=len, reverse=True):
         text = text.replace(value, REDACTED)
     return _by_form(text)
@@ -97,7 +97,7 @@ def _by_form(text: str) -> str:
 
 
 def redact_tree(value: Any, name: str = "") -> Any:
-    """Return settings with `***` in the place of each secret: in texts, and as values of keys that name a secret."""
+    """Return settings with `***` instead of each secret: in texts, and as values of keys that name a secret."""
     if isinstance(value, Mapping):
         return {key: redact_tree(each, str(key)) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -193,7 +193,7 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def _of_environment() -> Iterator[str]:
-    """Yield the values of environment variables whose names say that they are secrets."""
+    """Yield the values of environment variables whose names mark them as secrets."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.fullmatch(name):
             is_path = value.startswith(("/", "~")) and name.upper().endswith(("PWD", "CREDENTIALS"))

@@ -105,7 +105,7 @@ def cleaning_up() -> None:
 
 @contextmanager
 def second_ends() -> Iterator[None]:
-    """Context in which a Ctrl-C after another request to stop ends the process at once, or does what `on_second` says.
+    """In the block, a Ctrl-C after another request to stop ends the process at once, or calls `on_second`.
 
     A first Ctrl-C ends it too, where `raise_stopped` handles it but the main thread does not return to Python within
     `STUCK_SECONDS`. Does nothing outside of the main thread.
@@ -156,7 +156,7 @@ def end_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """Call `end_with_parent` in a rank: a launcher that is killed can't stop its ranks, which would train on."""
+    """Call `end_with_parent` in a rank, since a killed launcher cannot stop its ranks."""
     launcher = os.environ.get(LAUNCHER)
     if launcher == str(os.getppid()) or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()

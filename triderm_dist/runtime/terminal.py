@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 WIDTH = 80
-"""Columns that every printed line fits, but for words without spaces, such as paths."""
+"""Largest width of printed lines in columns, except for words without spaces, such as paths."""
 
 
 def wrapped(text: str, indent: str = "  ", first: str = "") -> str:

@@ -69,7 +69,7 @@ def _head(summary: Summary) -> Section:
 
 
 def _best(summary: Summary) -> list[Section]:
-    """Return the best settings beside the experiment's own; nothing if these are the best."""
+    """Return a table of the best settings and the experiment's; [] if the experiment's are the best."""
     best = summary.best
     if best is None or best.number == BASELINE:
         return []

@@ -1,4 +1,4 @@
-"""Convert a decoded photo to 8-bit RGB whose numbers mean sRGB, and say what was converted.
+"""Convert a decoded photo to 8-bit sRGB, and describe what was converted.
 
 Numbers of 16 bits are scaled so that white stays white; alpha is composited on white; CMYK and Lab are converted by
 their profile. Then an embedded or implied RGB or gray profile other than sRGB is applied (`apply_profile`), relative
@@ -27,7 +27,7 @@ BAD_PROFILE = "an unreadable color profile, taken as sRGB"
 MAX_DIFFERENCE = 3
 """In levels of 255: a profile that changes no color by more counts as sRGB, of which there are many spellings."""
 _DARKEST_WHITE = 16
-"""In levels of 255: a photo of over 8 bits without anything brighter holds fewer bits than its format says."""
+"""In levels of 255: a photo of over 8 bits without brighter pixels has fewer bits than its format declares."""
 
 _SRGB_PRIMARIES = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 _P3_PRIMARIES = (0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
@@ -38,7 +38,7 @@ _EXIF, _COLOR_SPACE, _INTEROPERABILITY = 0x8769, 0xA001, 0xA005
 
 
 class ColorError(ValueError):
-    """Colors that have no known meaning; the text says which and what to do."""
+    """Colors of an unknown color space; the message names it and says what to do."""
 
 
 # --- to 8-bit RGB ----------------------------------------------------------------------------------------------------

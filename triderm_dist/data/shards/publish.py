@@ -17,7 +17,7 @@ _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", 
 
 
 def local_name(output: str | os.PathLike[str]) -> Path:
-    """Return an output folder, or for a URL a name in the working folder: what lies beside the output has it, too."""
+    """Return an output folder, or for a URL a name in the working folder, from which names of related files derive."""
     if not is_url(output):
         return Path(output)
     where = redact(os.fspath(output)).partition("://")[2].partition("?")[0]
@@ -68,6 +68,6 @@ class RemoteFolder:
             return None
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with all that is in it, if there is one."""
+        """Remove a file, or a folder with its content, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             retried(address_of(self.url, name), lambda files, location: files.rm(location, recursive=True))

@@ -23,7 +23,7 @@ from triderm_dist.schema import ConfigError, DataError
 
 
 def most_open_files() -> int:
-    """Return how many shards of a set this process keeps open: a quarter of the files that it may have open."""
+    """Return the number of shards that this process keeps open: a quarter of its limit of open files."""
     raise_open_files_limit()
     return max(1, open_files_limit() // 4 - 10)
 
@@ -178,7 +178,7 @@ class _ReadAhead:
         return bool(self._last_use[shard] >= self._position)
 
     def wait_for(self, shard: int) -> IO[bytes]:
-        """Return the open file of a shard, as soon as it is fetched. Raises what fetching raised."""
+        """Wait for a shard and return its open file. Raises the errors of fetching it."""
         with self._changed:
             while True:
                 if self._failure:
@@ -264,7 +264,7 @@ class _ReadAhead:
         return DataError(f"{self._shards[shard].url}: read after the reader was closed")
 
     def _admit_next(self) -> int | None:
-        """Return the next shard once it fits; None when there is none left or the pass has ended."""
+        """Wait until the next shard fits and return it; None if there is none left or the pass has ended."""
         with self._changed:
             while not self._stop.is_set() and self._next < len(self._queue):
                 shard = int(self._queue[self._next])

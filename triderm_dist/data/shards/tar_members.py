@@ -1,4 +1,4 @@
-"""Read the member headers of a plain tar up to its end, and say where and how it is damaged.
+"""Read the member headers of a plain tar up to its end, and report where and how it is damaged.
 
 `tarfile` takes a damaged or missing header for the end of the archive, as do readers built on it. A tar is read
 completely only if nothing but zero blocks follows its last member, and at least two of them (POSIX.1-1988, ustar).
@@ -31,7 +31,7 @@ _WITHOUT_DATA = (tarfile.DIRTYPE, b"D", b"V")
 
 
 class DamagedTar(Exception):
-    """A tar that cannot be read to its end; the text says at which byte, and what is there."""
+    """A tar that cannot be read to its end; the message names the byte and what is there."""
 
 
 @dataclass(frozen=True)

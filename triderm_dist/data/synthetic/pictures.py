@@ -1,4 +1,4 @@
-"""Draw the photos of synthetic lesions: simple shapes on skin, whose look says one level of the diagnosis."""
+"""Draw the photos of synthetic lesions: simple shapes on skin, whose appearance encodes one level of the diagnosis."""
 
 from __future__ import annotations
 
