@@ -56,7 +56,7 @@ def write_scans(n: int, folder: Path) -> None:
         with path.open("wb") as file:
             file.truncate(len(table) * 4096)
         shard, changed = ShardFile(path.name, len(table), len(table) * 4096, f"{tar:064x}"), path.stat().st_mtime_ns
-        scan = TarScan(scanner.file(path), shard, changed, scanner.settings, (("hair",),), (), {}, {})
+        scan = TarScan(scanner.file(path.name), shard, changed, scanner.settings, (("hair",),), (), {}, {})
         scanner.write(scan, table)
 
 

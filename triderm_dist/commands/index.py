@@ -15,6 +15,12 @@ the tars each, and then the same command without slice= writes the index. On a R
 of a machine that is lost run on others.
 
 triderm index folder=their_shards address=auto
+
+FOLDER may be one behind a URL. Each tar is fetched once, and the index is uploaded; where the URL is not written to,
+output= takes a local folder, which trains like the URL of a packed set.
+
+triderm index folder=s3://BUCKET/their_shards
+triderm index folder=https://HOST/their_shards output=runs/theirs
 """
 
 from contextlib import ExitStack
@@ -30,7 +36,12 @@ from triderm_dist.settings import PathText
 
 
 class IndexConfig(Extensible):
-    folder: PathText = Field(description="folder of the tars; index.json and samples.parquet are written into it")
+    folder: PathText = Field(
+        description="folder of the tars or its URL; index.json and samples.parquet are written into it"
+    )
+    output: PathText | None = Field(
+        None, description="local folder for the index of tars behind a URL that is not written to; null: the URL"
+    )
     task: PathText | None = Field(
         None,
         description="task.yaml, or the name of a shipped task, whose diagnoses list the words of the labels; default "
@@ -68,15 +79,16 @@ class IndexConfig(Extensible):
 def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
-    from triderm_dist.data.shards.index_foreign import index_shards, index_slice
-    from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
+    from triderm_dist.data.shards.index_foreign import folder_task, index_shards, index_slice
+    from triderm_dist.data.shards.publish import local_name
+    from triderm_dist.tasks import load_task, milk10k_task
 
-    part, own = slice_of(config.slice), Path(config.folder) / TASK_FILE
-    table = Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv")
+    part = slice_of(config.slice)
+    table = Path(f"{local_name(config.output or config.folder)}.problems.csv")
     if config.address and part:
         raise ConfigError("address: the cluster scans all tars; leave out slice=")
     options: dict[str, Any] = {
-        "task": load_task(config.task or own) if config.task or own.is_file() else milk10k_task(),
+        "task": load_task(config.task) if config.task else folder_task(config.folder) or milk10k_task(),
         "extensions": {"clinical": config.clinical, "dermoscopic": config.dermoscopic},
         "missing_view": config.missing_view,
         "workers": config.workers,
@@ -104,6 +116,7 @@ def main(config: IndexConfig) -> None:
                 salt=config.salt,
                 asked="groups" in config.model_fields_set,
                 distribute=distribute,
+                output=config.output,
             )
     except InvalidLesions as error:
         print_problems(error.problems, table)

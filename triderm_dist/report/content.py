@@ -18,7 +18,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE, Experiment, load_run, read_yaml
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.open import is_packed, is_url
+from triderm_dist.data.shards.open import has_tars
 from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
@@ -443,7 +443,7 @@ class Content:
             return None
         where = self.experiment.train_shards if split == "train" else self.experiment.test_shards
         recorded = (self.provenance.data if split == "train" else self.provenance.test).get("fingerprint")
-        if is_url(where) or not is_packed(where):
+        if not has_tars(where):
             return None
         try:
             index = read_index(where, tars=slice(0))

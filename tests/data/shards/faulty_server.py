@@ -50,6 +50,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = whole.rsplit("/", 1)[1]
         path = self.folder / (whole.lstrip("/") if self.owner.nested else name)
         fault = self.owner.next_fault(name)
+        if whole == "/set" and not path.exists():
+            links = "".join(f'<a href="{each.name}">{each.name}</a>' for each in self.folder.iterdir())
+            return self.answer(links.encode(), len(links))
         if not path.exists():
             self.send_error(404)
             return

@@ -6,22 +6,26 @@ import contextlib
 import os
 import re
 import stat
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 from triderm_dist.config import RemoteConfig, cache_folder
 from triderm_dist.data.shards.cache import Cache
-from triderm_dist.data.shards.format import INDEX, ShardFile
+from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index
 from triderm_dist.data.shards.index_schema import check_content, read_json
 from triderm_dist.data.shards.remote import Store, disk_error
-from triderm_dist.files import file_sha256
+from triderm_dist.files import copy_file, file_sha256
+from triderm_dist.runtime.redact import restore
 from triderm_dist.schema import DataError
 
 _FOLDER = 0o750
 """Mode of the folders of the cache, less the umask: they hold photos of patients."""
 COLUMNS = "columns"
 """Folder of the cache with the columns of large sets (see `columns`)."""
+TARS = "tars.url"
+"""File beside an index whose tars are elsewhere, with the URL of their folder."""
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:
@@ -32,18 +36,45 @@ def is_url(where: str | os.PathLike[str]) -> bool:
 def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool = False) -> ShardIndex:
     """Open the index of a packed set in a folder or behind a URL. verify: hash the shards of a folder first.
 
-    Behind a URL, index.json and samples.parquet are fetched now, and shards when they are read. Raises DataError as
-    `read_index` does, or if a file cannot be fetched within `remote.total_seconds`; ConfigError for a command that
-    is not allowed.
+    Behind a URL, index.json and samples.parquet are fetched now, and shards when they are read, as are the shards of a
+    folder whose tars are behind a URL (`TARS`). Raises DataError as `read_index` does, or if a file cannot be
+    fetched within `remote.total_seconds`; ConfigError for a command that is not allowed.
     """
-    if not is_url(where):
+    if is_url(where):
+        store = Store(str(where), remote)
+    elif (tars := Path(where) / TARS).is_file():
+        store = _IndexedStore(restore(tars.read_text(encoding="utf-8").strip()), remote, Path(where))
+    else:
         return read_index(where, verify, _own_share(), cache_folder() / COLUMNS)
-    store = Store(str(where), remote)
     path = _fetch_index(store, cache_root(remote))
     cache = Cache(cache_root(remote), path.parent, store)
     cache.open(_samples_file(path, store)).close()
     index = read_index(path.parent, tars=slice(0), shared=cache.root / COLUMNS)
     return replace(index, remote=cache)
+
+
+class _IndexedStore(Store):
+    """The tars behind a URL, and their index in a local folder."""
+
+    def __init__(self, url: str, remote: RemoteConfig, folder: Path) -> None:
+        super().__init__(url, remote)
+        self._folder = folder
+
+    def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
+        if file.url not in (INDEX, SAMPLES):
+            return super().fetch(file, path, stop)
+        try:
+            copy_file(self._folder / file.url, path)
+        except FileNotFoundError:
+            raise DataError(f"{self._folder / file.url}: missing; index the tars again") from None
+
+    def shown(self, name: str) -> str:
+        return str(self._folder / name) if name in (INDEX, SAMPLES) else super().shown(name)
+
+
+def has_tars(where: str | os.PathLike[str]) -> bool:
+    """Return whether this is a folder with an index and its tars."""
+    return not is_url(where) and (Path(where) / INDEX).is_file() and not (Path(where) / TARS).is_file()
 
 
 def index_file(where: str, remote: RemoteConfig) -> Path:

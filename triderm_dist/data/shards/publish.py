@@ -60,12 +60,32 @@ class RemoteFolder:
             return None
         return content
 
-    def size(self, name: str) -> int | None:
-        """Return the bytes of a file, None if there is none."""
+    def list(self) -> dict[str, dict[str, Any]]:
+        """Return what the server says of the files of the folder, by name: a list of links has no `size`.
+
+        Raises FileNotFoundError where there is no such folder, or the server lists none.
+        """
+
+        def work(files: Any, location: str) -> dict[str, dict[str, Any]]:
+            files.invalidate_cache()
+            parents = (location.rstrip("/"), location.partition("?")[0].rstrip("/"))  # of links with and without query
+            entries = [entry for entry in files.ls(location, detail=True) if entry["type"] == "file"]
+            named = ((*entry["name"].rpartition("/")[::2], entry) for entry in entries)
+            return {name: entry for parent, name, entry in named if parent in parents and name}
+
+        return retried(self.url, work)
+
+    def info(self, name: str) -> dict[str, Any] | None:
+        """Return what the server says of a file, such as its `size`, None if there is none."""
         try:
-            return int(retried(address_of(self.url, name), lambda files, location: files.info(location)["size"]))
+            return retried(address_of(self.url, name), lambda files, location: dict(files.info(location)))
         except FileNotFoundError:
             return None
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file, None if there is none."""
+        info = self.info(name)
+        return None if info is None else int(info["size"])
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with its content, if it exists."""

@@ -67,7 +67,8 @@ class Store:
         return re.sub(r"//[^/@]*@", "//", self.address(name).partition("?")[0])
 
     def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
-        """Fetch a file to `path`, which no other process reads yet, and check its size (unless -1) and SHA-256.
+        """Fetch a file to `path`, which no other process reads yet, and check its size, unless that is -1, and its
+        SHA-256, unless that is empty.
 
         A download that stalls, breaks or delivers wrong bytes is retried after a pause that doubles up to 15 s, with
         jitter. Raises DataError after `remote.total_seconds`, or at once for an error that a retry cannot fix (no such
@@ -184,8 +185,13 @@ def _kind_of(error: Exception) -> Literal["missing", "refused", "invalid", "unkn
     """Return the kind of an error that a retry cannot fix: no such file, no permission, a request that the server does
     not take, or a URL for which a package is missing; else None.
     """
+    cause = error.__cause__
+    if isinstance(cause, Exception) and (
+        isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    ):
+        error = cause  # fsspec takes any error of an HTTP server for a missing file when it asks for a size
     status = getattr(error, "status", 0)
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "missing"
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _PERMANENT:
         return "refused"
@@ -343,7 +349,7 @@ def _check(path: Path, file: ShardFile) -> None:
     size = path.stat().st_size
     if size != file.bytes:
         raise OSError(f"got {size} bytes, {INDEX} lists {file.bytes}")
-    if file_sha256(path) != file.sha256:
+    if file.sha256 and file_sha256(path) != file.sha256:
         raise OSError(f"the SHA-256 of the bytes differs from that of {INDEX}")
     with path.open("rb+") as opened:
         os.fsync(opened.fileno())

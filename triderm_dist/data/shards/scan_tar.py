@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triderm_dist.config import RemoteConfig
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import ShardFile, rows_schema
+from triderm_dist.data.shards.open import is_url
 from triderm_dist.data.shards.photos import PhotoError, check_photo, has_srgb, is_upright, size_and_hash
 from triderm_dist.data.shards.record import (
     Record,
@@ -27,6 +31,7 @@ from triderm_dist.data.shards.record import (
     parse_record,
     split_name,
 )
+from triderm_dist.data.shards.remote import Store
 from triderm_dist.data.shards.tar_members import DamagedTar, tar_members
 from triderm_dist.data.threads import map_in_order
 from triderm_dist.file_kinds import START, kind_of
@@ -45,23 +50,57 @@ MAX_RECORD, MAX_PHOTO = 1 << 24, 1 << 30
 TABLE_ROWS = 1 << 12
 """Rows collected as Python objects before they become a table, which takes a tenth of the memory."""
 
+SLOWEST = 1e6
+"""Bytes a second at which a tar behind a URL is fetched at least."""
+
 _VERSION = 1
 _ABOUT = b"triderm-scan"
+
+
+@dataclass(frozen=True)
+class TarFile:
+    """A tar to scan.
+
+    folder: that it is in, or the URL of that.  state: a number that is another one when the tar has changed: the time
+    of its last change in ns; behind a URL a hash of what its server says of it.
+    """
+
+    folder: str
+    name: str
+    bytes: int
+    state: int
+
+    @contextmanager
+    def local(self, scratch: Path) -> Iterator[Path]:
+        """Context with the path of the tar; one behind a URL is in a folder in `scratch` for that time.
+
+        Raises DataError where it cannot be fetched.
+        """
+        if not is_url(self.folder):
+            yield Path(self.folder) / self.name
+            return
+        scratch.mkdir(parents=True, exist_ok=True)
+        seconds = max(RemoteConfig().total_seconds, self.bytes / SLOWEST)
+        with tempfile.TemporaryDirectory(prefix="fetch-", dir=scratch) as folder:
+            path = Path(folder) / self.name
+            store = Store(self.folder, RemoteConfig(total_seconds=seconds))
+            store.fetch(ShardFile(self.name, 0, self.bytes, ""), path)
+            yield path
 
 
 @dataclass(frozen=True)
 class TarScan:
     """What a scan found in a tar, besides the rows of its valid lesions, which are in `file`.
 
-    tar: its name, valid lesions, bytes and hash.  modified_ns: when it was changed last.  settings: hash of those of
-    the scan.  concept_sets: the names of the concepts of a sample, each combination once, in the order in which they
-    appear.  problems: with the number of valid lesions before each.  unknown_labels: how many lesions have each label
-    that names no diagnosis.  unused: how often each extension, or file that belongs to no lesion, was not read.
+    tar: its name, valid lesions, bytes and hash.  state: see `TarFile`.  settings: hash of those of the scan.
+    concept_sets: the names of the concepts of a sample, each combination once, in the order in which they appear.
+    problems: with the number of valid lesions before each.  unknown_labels: how many lesions have each label that names
+    no diagnosis.  unused: how often each extension, or file that belongs to no lesion, was not read.
     """
 
     file: Path
     tar: ShardFile
-    modified_ns: int
+    state: int
     settings: str
     concept_sets: tuple[tuple[str, ...], ...]
     problems: tuple[tuple[int, Problem], ...]
@@ -105,9 +144,9 @@ class TarScanner:
         about = [_VERSION, self.task.to_mapping(), {**self.extensions}, self.missing_view]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def known(self, path: Path) -> TarScan | None:
+    def known(self, tar: TarFile) -> TarScan | None:
         """Return the result of an earlier scan, None if there is none or the tar or a setting has changed."""
-        file = self.file(path)
+        file = self.file(tar.name)
         try:
             about = json.loads((pq.read_schema(file).metadata or {})[_ABOUT])
             problems = tuple((row, Problem(**entry)) for row, entry in about.pop("problems"))
@@ -115,27 +154,26 @@ class TarScanner:
             scan = TarScan(file, ShardFile(**about.pop("tar")), problems=problems, concept_sets=sets, **about)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return None
-        status = path.stat()
-        same = (scan.tar.bytes, scan.modified_ns, scan.settings) == (status.st_size, status.st_mtime_ns, self.settings)
+        same = (scan.tar.bytes, scan.state, scan.settings) == (tar.bytes, tar.state, self.settings)
         return scan if same else None
 
-    def scan(self, path: Path, progress: Callable[[int], object] = lambda position: None) -> TarScan:
+    def scan(self, tar: TarFile, progress: Callable[[int], object] = lambda position: None) -> TarScan:
         """Return the result of scanning a tar, of an earlier scan where nothing has changed.
 
         progress: called with the bytes of the tar that are scanned.
         """
-        if known := self.known(path):
+        if known := self.known(tar):
             return known
-        status, found = path.stat(), _Found(self.task)
-        check = _SampleCheck(self.extensions, self.missing_view, self.task)
-        for sample, checked in map_in_order(check, _samples(path, found.add_problem), self.workers):
-            found.add(checked)
-            progress(max(offset for offset, _ in sample.members.values()))
-        table = found.table()
-        tar = ShardFile(path.name, len(table), status.st_size, file_sha256(path))
-        problems = tuple((row, _without_folder(problem, path)) for row, problem in found.problems)
+        found, check = _Found(self.task), _SampleCheck(self.extensions, self.missing_view, self.task)
+        with tar.local(self.folder) as path:
+            for sample, checked in map_in_order(check, _samples(path, found.add_problem), self.workers):
+                found.add(checked)
+                progress(max(offset for offset, _ in sample.members.values()))
+            table = found.table()
+            shard = ShardFile(tar.name, len(table), path.stat().st_size, file_sha256(path))
+            problems = tuple((row, _without_folder(problem, path)) for row, problem in found.problems)
         scan = TarScan(
-            self.file(path), tar, status.st_mtime_ns, self.settings, tuple(found.concept_sets), problems,
+            self.file(tar.name), shard, tar.state, self.settings, tuple(found.concept_sets), problems,
             found.unknown_labels, found.unused,
         )  # fmt: skip
         self.write(scan, table)
@@ -148,9 +186,9 @@ class TarScanner:
         with atomic_path(scan.file, PATIENT_DATA) as temporary:
             pq.write_table(rows.replace_schema_metadata({_ABOUT: json.dumps(about)}), temporary)
 
-    def file(self, path: Path) -> Path:
+    def file(self, name: str) -> Path:
         """Return the path of the result of scanning a tar."""
-        return self.folder / f"{path.name}.parquet"
+        return self.folder / f"{name}.parquet"
 
 
 def _without_folder(problem: Problem, path: Path) -> Problem:
