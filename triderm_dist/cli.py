@@ -57,6 +57,7 @@ def run(
     main: Callable[[Tree], None],
     about: str | None,
     argv: Sequence[str] | None = None,
+    *,
     users: Users = lambda key: (),
     locate: Callable[[str], object] = str,
     first: str | None = None,

@@ -208,6 +208,7 @@ class PhotoSource(CanvasSource):
         mean: Sequence[float],
         std: Sequence[float],
         augment: AugmentConfig | None = None,
+        *,
         views: Sequence[str] | None = None,
         cache_share: float = 1.0,
         frame: Frame = "square",

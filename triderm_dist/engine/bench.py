@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import nn
 
-from triderm_dist.config import ModelConfig
-from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.config import ModelConfig, TrainConfig
+from triderm_dist.data.loader import Loader, LoaderFactory
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
@@ -26,7 +27,8 @@ from triderm_dist.distributed.collectives import is_distributed
 from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.engine.finite import NonFiniteGuard
-from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream, warm_up_steps
+from triderm_dist.engine.graph import GraphedStep, build_step, choose_graph, on_graph_stream, warm_up_steps
+from triderm_dist.engine.step import TrainStep
 from triderm_dist.environment import describe_commit
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss
@@ -70,22 +72,9 @@ def measure(
     config = model.train
     check_supported(accelerator, config)
     flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
-    build = partial(build_optimizer, config=config.optim)
     graphed, _ = choose_graph(accelerator, config, model.kind)
-    with on_graph_stream(accelerator.device, graphed):
-        wrapped, prepared, optimizer = wrap(
-            accelerator, network, build, config.activation_checkpointing, config.compile,
-            config.gradient_precision, config.bucket_mb,
-        )  # fmt: skip
-    signature = loaders.index.signature
-    counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
-    loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)
-    guard = NonFiniteGuard(accelerator, optimizer)
-    train_step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
-    rows = np.resize(np.arange(len(loaders.index)), MAX_STEPS * config.global_batch)
-    plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
-    batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
-    loader = loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment, seed=seed)
+    wrapped, train_step, guard = _build(model, network, loaders, accelerator, graphed)
+    loader = _endless_loader(config, loaders, accelerator, seed)
     steps, numbers, sums = iter(loader), count(), None
 
     def run(num_steps: int) -> float:
@@ -117,6 +106,33 @@ def measure(
         steps.close()  # type: ignore[attr-defined]
     del values["seconds_left"]
     return {"steps": total, "seconds_per_step": elapsed / total, **values}
+
+
+def _build(
+    model: ModelConfig, network: Network, loaders: LoaderFactory, accelerator: Accelerator, graphed: bool
+) -> tuple[nn.Module, TrainStep | GraphedStep, NonFiniteGuard]:
+    """Wrap the network; return it, its training step, and the step's guard."""
+    config = model.train
+    build = partial(build_optimizer, config=config.optim)
+    with on_graph_stream(accelerator.device, graphed):
+        wrapped, prepared, optimizer = wrap(
+            accelerator, network, build, config.activation_checkpointing, config.compile,
+            config.gradient_precision, config.bucket_mb,
+        )  # fmt: skip
+    signature = loaders.index.signature
+    counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
+    loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)
+    guard = NonFiniteGuard(accelerator, optimizer)
+    step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
+    return wrapped, step, guard
+
+
+def _endless_loader(config: TrainConfig, loaders: LoaderFactory, accelerator: Accelerator, seed: int) -> Loader:
+    """Return a loader of `MAX_STEPS` steps, which repeats the lesions of the set."""
+    rows = np.resize(np.arange(len(loaders.index)), MAX_STEPS * config.global_batch)
+    plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
+    batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
+    return loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment, seed=seed)
 
 
 def _all_reduce_max(steps: int, device: torch.device) -> int:

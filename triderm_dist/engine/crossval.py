@@ -67,6 +67,7 @@ def run_folds(
     folds: Iterable[int],
     on_validation: OnValidation | None = None,
     on_start: OnStart = lambda: None,
+    *,
     in_parallel: bool = False,
     brief: bool = False,
 ) -> None:
@@ -97,7 +98,10 @@ def run_folds(
             if not is_fold_finished(experiment, index, name, fold)
         ]
 
-    run_trainings(experiment, index, list(models), remaining, experiment.oof.tta, in_parallel, brief)
+    run_trainings(
+        experiment, index, list(models), remaining,
+        transforms=experiment.oof.tta, in_parallel=in_parallel, brief=brief,
+    )  # fmt: skip
 
 
 def run_trainings(
@@ -105,6 +109,7 @@ def run_trainings(
     index: ShardIndex,
     models: Sequence[str],
     remaining: Callable[[str], Sequence[Create]],
+    *,
     transforms: int = 1,
     in_parallel: bool = False,
     brief: bool = False,

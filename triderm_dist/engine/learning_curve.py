@@ -60,7 +60,7 @@ def train_learning_curve(experiment: Experiment, index: ShardIndex, models: Sequ
             )
         ]
 
-    run_trainings(experiment, index, models, remaining, experiment.oof.tta)
+    run_trainings(experiment, index, models, remaining, transforms=experiment.oof.tta)
 
 
 def models_of_learning_curve(experiment: Experiment) -> list[str]:

@@ -90,14 +90,7 @@ class TokenExtractor:
                 return cache.codec.encode(torch.from_numpy(earlier)).numpy()
             if not full:
                 return self.extract(encoder(), rows, version, cache.codec)
-            if (version, chunk) in in_full:
-                tokens = full.numbers_of_all_views(rows, version)
-            elif (earlier := full.earlier(version, rows)) is not None:
-                tokens = earlier
-            else:
-                records = self.extract(encoder(), rows, version, full.codec)
-                tokens = full.codec.decode(torch.from_numpy(records).flatten(0, 1)).numpy()
-                tokens = tokens.reshape(*records.shape[:2], *full.shape)
+            tokens = self._all_tokens(encoder, rows, version, full, is_cached=(version, chunk) in in_full)
             means = tokens.mean(2, keepdims=True, dtype=np.float32)
             return cache.codec.encode(torch.from_numpy(means)).numpy()
 
@@ -124,6 +117,18 @@ class TokenExtractor:
                 if accelerator.is_main_process and not progress.console.is_terminal and start // 10 < done // 10:
                     print(f"{self.what}: {done} of {len(missing)} chunks", flush=True)
         accelerator.wait_for_everyone()
+
+    def _all_tokens(
+        self, encoder: Callable[[], Encoder], rows: np.ndarray, version: str, full: TokenCache, is_cached: bool
+    ) -> np.ndarray:
+        """Return the tokens (n, views, L, D) of rows (n,), from the cache `full` if they are in it, else computed."""
+        if is_cached:
+            return full.numbers_of_all_views(rows, version)
+        if (earlier := full.earlier(version, rows)) is not None:
+            return earlier
+        records = self.extract(encoder(), rows, version, full.codec)
+        tokens = full.codec.decode(torch.from_numpy(records).flatten(0, 1)).numpy()
+        return tokens.reshape(*records.shape[:2], *full.shape)
 
     def encoder(self, compile_tower: bool, photos: int) -> Encoder:
         """Prepare the tower: compiled, or on a CPU with many photos as a `CpuTower`.

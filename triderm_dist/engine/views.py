@@ -131,34 +131,32 @@ def open_views(
     return Views(loaders, about, shape, training, rows, union.extra, weights, described)
 
 
+@dataclass
 class _Opener:
     """Opens packed sets for one model: their photos, or the token cache, which it fills.
 
     about, tower: as `open_tower` returns them.  frozen: as `_frozen_blocks` does.  sets: all that are opened.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        model: ModelConfig,
-        accelerator: Accelerator,
-        train: bool,
-        about: TowerRecord,
-        tower: Tower | None,
-        frozen: Mapping[str, tuple[Tower, tuple[str, ...]]],
-        sets: Sequence[ShardIndex],
-        after_chunk: Callable[[], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self.experiment, self.model, self.accelerator, self.train = experiment, model, accelerator, train
-        self.about, self.tower, self.sets, self.after_chunk, self.say = about, tower, sets, after_chunk, say
+    experiment: Experiment
+    model: ModelConfig
+    accelerator: Accelerator
+    train: bool
+    about: TowerRecord
+    tower: Tower | None
+    frozen: Mapping[str, tuple[Tower, tuple[str, ...]]]
+    sets: Sequence[ShardIndex]
+    after_chunk: Callable[[], None]
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
         self._announced = False
-        self.means = tower is not None and network_class(model.kind).reads_mean_tokens
-        self.cached = [_Cached.blocks(each, views) for each, views in frozen.values()]
-        if isinstance(tower, JoinedTower):
-            self.cached = [_Cached.tower(part.tower, part.weights) for part in tower.parts]
-        elif tower:
-            self.cached = [_Cached.tower(tower, about.weights)]
+        self.means = self.tower is not None and network_class(self.model.kind).reads_mean_tokens
+        self.cached = [_Cached.blocks(each, views) for each, views in self.frozen.values()]
+        if isinstance(self.tower, JoinedTower):
+            self.cached = [_Cached.tower(part.tower, part.weights) for part in self.tower.parts]
+        elif self.tower:
+            self.cached = [_Cached.tower(self.tower, self.about.weights)]
 
     @property
     def token_shape(self) -> TokenShape | None:
@@ -185,7 +183,10 @@ class _Opener:
         if not self.cached and index.remote:  # of the shard cache's size
             share = index.bytes / sum(other.bytes for other in self.sets if other.remote)
         augment = self.model.train.augment
-        photos = PhotoSource(index, about.image_size, about.mean, about.std, augment, views, share, about.frame)
+        photos = PhotoSource(
+            index, about.image_size, about.mean, about.std, augment,
+            views=views, cache_share=share, frame=about.frame,
+        )  # fmt: skip
         return LoaderFactory(index, photos, data.workers, data.prefetch)
 
     def _open_cache(self, index: ShardIndex, part: _Cached, transforms: int) -> TokenSource:
