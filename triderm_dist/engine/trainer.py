@@ -63,6 +63,11 @@ class TrainingData:
     loaders: LoaderFactory[ShardIndex]
     validation_rows: np.ndarray
 
+    def numbers(self) -> tuple[int, int, int]:
+        """Return the numbers of lesions to train on, of these from extra sets, and to validate."""
+        extra = int((self.train_rows >= len(self.loaders.index)).sum())
+        return len(self.train_rows), extra, len(self.validation_rows)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -129,18 +134,15 @@ class Trainer:
         self.checkpoints = Checkpoints(folder.path, folder.resume_hash, config.keep_last, execution, frozen)
         saved = self._load_newest(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
-        extra = int((data.train_rows >= len(data.loaders.index)).sum())
-        lesions = len(data.train_rows), extra, len(data.validation_rows)
-        start = saved.state.step if saved else 0
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
         self.expectation: Expectation | None = None
         if flops and accelerator.device.type == "cuda" and not output.brief:
             half, strategy = accelerator.mixed_precision != "no", strategy_of(accelerator)
             self.expectation = expect(network, config, flops, half, strategy, data.loaders.index.canvas)
         text = report(
-            output.title(name), accelerator, config, network, lesions, epoch_steps, flops,
-            start=start, brief=output.brief, why_precision=why_precision, why_no_graph="" if graphed else why_graph,
-            expectation=self.expectation,
+            output.title(name), accelerator, config, network, data.numbers(), epoch_steps, flops,
+            start=saved.state.step if saved else 0, brief=output.brief, why_precision=why_precision,
+            why_no_graph="" if graphed else why_graph, expectation=self.expectation,
         )  # fmt: skip
         accelerator.print(text, flush=True)
         untrained = untrained_tensors(network)
