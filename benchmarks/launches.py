@@ -1,12 +1,11 @@
-"""What a training step asks of the GPU: kernels launched, calls of the host and its time, waits, compiled blocks.
+"""Cost of a training step on the host: kernels launched, driver calls and their time, waits, compiled blocks.
 
 python -m benchmarks.launches [experiment=h100x8] [micro_batch=12] [memory=false] [key=value ...]
 
-Each way to run a step (eager, compiled, as one CUDA graph) is measured in a process of its own, on the tri-modal and
-the dual CNN network of an experiment, with stand-in towers and without photos. On a GPU calls are counted by
-`torch.profiler`. Where a program stands in for the GPU's driver and counts calls itself (a module `nullgpu` can be
-imported), it is asked; times are then of the host alone. The last line is one JSON object: the figures of the tri-modal
-network, with `host_waits` the most of all ways.
+Each mode (eager, compiled, one CUDA graph) is measured in a separate process, on the tri-modal and the dual CNN network
+of an experiment, with small towers and without photos. On a GPU `torch.profiler` counts calls. If a module `nullgpu`
+(a stub of the GPU's driver that counts calls) can be imported, it counts them, and times are of the host only. The last
+line is one JSON object: the figures of the tri-modal network, with `host_waits` the maximum over the modes.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.settings import Section
 
-Way = Literal["eager", "compiled", "graph"]
-WAYS: tuple[Way, ...] = ("eager", "compiled", "graph")
+Mode = Literal["eager", "compiled", "graph"]
+MODES: tuple[Mode, ...] = ("eager", "compiled", "graph")
 WARM_UP = 6
 """Steps before the counted ones: compilation, optimizer states, the capture of the graph."""
 GOALS = {"launches_eager": 1300, "launches_compiled": 900, "graph_host_calls": 40, "graph_host_ms": 1.5}
@@ -37,12 +36,12 @@ GOALS = {"launches_eager": 1300, "launches_compiled": 900, "graph_host_calls": 4
 class LaunchesRun(Section):
     experiment: str = Field("h100x8", description="experiment of launch/experiments")
     networks: tuple[str, ...] = Field(("trimodal", "dual_cnn"), description="models of the experiment")
-    ways: tuple[Way, ...] = Field(WAYS, description="ways to run a step")
+    modes: tuple[Mode, ...] = Field(MODES, description="how steps are executed")
     micro_batch: int = Field(12, ge=1, description="lesions at once")
     micro_batches: int = Field(1, ge=1, description="micro-batches per step")
     steps: int = Field(5, ge=1, description="steps whose host time is measured; the least is taken")
     memory: bool = Field(True, description="also compare the memory estimate with the peaks, by benchmarks.memory")
-    part: str | None = Field(None, description="NETWORK:WAY or NETWORK:blocks, in this process; null: all of them")
+    part: str | None = Field(None, description="NETWORK:MODE or NETWORK:blocks, in this process; null: all of them")
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ def main(settings: LaunchesRun) -> None:
     print(f"{'':<24}{'kernels':>9}{'calls':>8}{'waits':>7}{'host ms':>9}{'ms':>9}{'peak GiB':>10}")
     table: dict[str, dict[str, Any]] = {}
     for network in settings.networks:
-        for way in settings.ways:
-            row = table[f"{network} {way}"] = in_a_process(settings, f"{network}:{way}")
+        for mode in settings.modes:
+            row = table[f"{network} {mode}"] = in_a_process(settings, f"{network}:{mode}")
             print(
-                f"{network + ', ' + way:<24}{row['kernels']:>9,}{row['calls']:>8,}{row['waits']:>7}"
+                f"{network + ', ' + mode:<24}{row['kernels']:>9,}{row['calls']:>8,}{row['waits']:>7}"
                 f"{row['host_ms']:>9.2f}{row['ms']:>9.2f}{row['peak_gib']:>10.2f}",
                 flush=True,
             )
@@ -121,11 +120,11 @@ def last_line(module: str, *words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(settings: LaunchesRun, name: str, way: Way) -> dict[str, Any]:
+def measure(settings: LaunchesRun, name: str, mode: Mode) -> dict[str, Any]:
     """Take steps; return the calls of one, and the least host time, time and peak memory of a step."""
     import torch
 
-    take_step = build_step(settings, name, way)
+    take_step = build_step(settings, name, mode)
     for _ in range(WARM_UP):
         take_step()
     torch.cuda.synchronize()
@@ -153,7 +152,7 @@ def measure(settings: LaunchesRun, name: str, way: Way) -> dict[str, Any]:
     }
 
 
-def build_step(settings: LaunchesRun, name: str, way: Way) -> Callable[[], Any]:
+def build_step(settings: LaunchesRun, name: str, mode: Mode) -> Callable[[], Any]:
     """Return a function that takes an optimizer step of a model of the experiment, as the trainer does."""
     from functools import partial
 
@@ -174,17 +173,17 @@ def build_step(settings: LaunchesRun, name: str, way: Way) -> Callable[[], Any]:
     network, _ = network_without_weights(model, signature())
     network = network.to(accelerator.device)
     batches = [synthetic_batch(network, settings.micro_batch) for _ in range(settings.micro_batches)]
-    context: AbstractContextManager[None] = on_graph_stream(accelerator.device) if way == "graph" else nullcontext()
+    context: AbstractContextManager[None] = on_graph_stream(accelerator.device) if mode == "graph" else nullcontext()
     with context:
         wrapped, prepared, optimizer = parallel.wrap(
             accelerator, network, partial(build_optimizer, config=config.optim), config.activation_checkpointing,
-            way != "eager",
+            mode != "eager",
         )  # fmt: skip
     wrapped.train()
     classes, heads = len(signature().diagnoses), 1 + len(signature().views)
     loss = CompoundLoss(config.loss, model.head, np.ones(classes), heads).to(accelerator.device)
     train_step: Any = TrainStep(accelerator, wrapped, prepared, loss, config, NonFiniteGuard(accelerator, optimizer))
-    if way == "graph":
+    if mode == "graph":
         train_step = GraphedStep(train_step, optimizer)
     step = Step(0, config.global_batch, batches, np.arange(settings.micro_batch))
     number, sums = 0, None

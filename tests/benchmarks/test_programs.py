@@ -82,7 +82,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
             *("--config", str(inputs.config), f"output={folder}/run", f"data.shards={train}"),
             *("parts=[mixup, ema]", "seeds=1"),
         ],
-        "launches": ["networks=[dual_cnn]", "ways=[eager]", "micro_batch=2", "steps=1", "memory=false"],
+        "launches": ["networks=[dual_cnn]", "modes=[eager]", "micro_batch=2", "steps=1", "memory=false"],
         "loader": [
             f"source={source}", "original=null", "rounds=1", "batch=11", "workers=1", "simulated=1000",
             "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",
