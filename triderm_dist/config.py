@@ -124,7 +124,7 @@ class DataConfig(Section):
     folds: int = Field(5, ge=2, description="number of cross-validation folds")
     fold_seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the fold assignment")
     short_side: int | None = Field(
-        288, ge=32, description="short side in pixels that packing reduces photos to; null keeps their size"
+        288, ge=32, description="short side in pixels to which packing reduces photos; null keeps their size"
     )
     groups: Groups = "hash"
     missing_view: MissingView = "refuse"
@@ -232,8 +232,8 @@ Frame = Literal["square", "whole", "squash"]
 
 
 class LoraConfig(Section):
-    rank: int = Field(ge=1, description="rank of the product that is trained beside each frozen matrix")
-    alpha: float = Field(16.0, gt=0, description="the product is multiplied by alpha / rank")
+    rank: int = Field(ge=1, description="rank of the trained update of each frozen matrix")
+    alpha: float = Field(16.0, gt=0, description="the update is multiplied by alpha / rank")
     targets: tuple[Literal["attention", "mlp"], ...] = Field(
         ("attention", "mlp"), min_length=1, description="matrices of a block: those of attention, of the MLP, or both"
     )
@@ -245,10 +245,13 @@ class TowerConfig(Section):
         description="hf-hub:ID, local-dir:PATH, a PanDerm checkpoint file, timm:NAME, or timm:NAME@WEIGHTS_FILE",
     )
     pretrained: bool = Field(True, description="load pretrained weights; false initializes at random")
-    image_size: int | None = Field(None, ge=32, description="side of the input in pixels; null takes the tower's own")
+    image_size: int | None = Field(
+        None, ge=32, description="side of the input in pixels; null uses the tower's default"
+    )
     frame: Frame = Field(
         "square",
-        description="what of a photo the tower sees without augmentation: its centered square, the whole photo with "
+        description="the part of a photo that the tower gets without augmentation: its centered square, the whole "
+        "photo with "
         "its short sides continued by mirroring, or the whole photo squashed to a square",
     )
     quick_gelu: bool | None = Field(
@@ -267,17 +270,17 @@ class TowerConfig(Section):
     freeze_dermoscopic: int = Field(4, ge=0, description="number of leading blocks of the dermoscopic tower to freeze")
     lora: LoraConfig | None = Field(
         None,
-        description="train only small products beside the matrices of the blocks that are not frozen (LoRA); null "
+        description="train only low-rank updates of the matrices of the blocks that are not frozen (LoRA); null "
         "trains all their weights",
     )
     token_dtype: Literal["float16", "bfloat16", "int8"] = Field(
         "float16",
-        description="how cached tokens, and what cached frozen blocks return, are stored; int8 takes about half the "
+        description="storage of cached tokens and of the cached output of frozen blocks; int8 takes about half the "
         "space, with a scale for every few numbers",
     )
     cache_frozen_blocks: bool = Field(
         False,
-        description="compute once what the frozen blocks return, in train.augment.token_variants augmented versions, "
+        description="compute the output of the frozen blocks once, in train.augment.token_variants augmented versions, "
         "and train the other blocks on it",
     )
 
@@ -310,8 +313,8 @@ class LossConfig(Section):
     fine_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the cross-entropy of an auxiliary head for the task's finer labels (`fine`), which is "
-        "trained only",
+        description="weight of the cross-entropy of an auxiliary head for the task's finer labels (`fine`), which "
+        "exists in training only",
     )
     gamma: float = Field(2.0, ge=0, description="focal exponent; 0 is plain cross-entropy")
     alpha: float | None = Field(
@@ -371,7 +374,7 @@ class OptimConfig(Section):
         description="gradual unfreezing: the last tower block starts to train after so many epochs, the one before it "
         "after twice as many, and so on; until then only what comes after it is trained",
     )
-    clip_norm: float = Field(1.0, gt=0, description="gradient norm that gradients are clipped to")
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm, to which gradients are clipped")
 
 
 class TrainConfig(Section):
@@ -435,7 +438,7 @@ class TrainConfig(Section):
     swa_epochs: int = Field(
         0,
         ge=0,
-        description="mean of the weights at the ends of the last so many epochs (stochastic weight averaging), which "
+        description="number of last epochs over whose final weights to average (stochastic weight averaging), which "
         "are then validated and kept; 0 uses none; not with DeepSpeed, nor with ema_decay",
     )
     validate_every: int = Field(
@@ -512,8 +515,8 @@ class ExtraTowerConfig(Section):
     )
     logits: bool = Field(
         False,
-        description="also what the auxiliary heads of that network say of the photo: the log-probabilities of its "
-        "diagnoses; for a network that reads mean tokens, such as dual_cnn and mlp",
+        description="also the log-probabilities of diagnoses from the auxiliary heads of that network; for a "
+        "network that reads mean tokens, such as dual_cnn and mlp",
     )
 
 
@@ -533,12 +536,13 @@ class ModelConfig(Section):
     init: PathText | None = Field(
         None,
         description="start from the weights of another run: RUN, RUN/MODEL, RUN/MODEL/fold-K or RUN/MODEL/refit, where "
-        "RUN is a folder, a zip file or hf-hub:USER/NAME; what does not fit begins anew",
+        "RUN is a folder, a zip file or hf-hub:USER/NAME; weights that do not fit are initialized",
     )
     extra_towers: tuple[ExtraTowerConfig, ...] = Field(
         (),
-        description="frozen towers of other runs beside `tower`, for networks that read mean tokens (mlp, dual_cnn): "
-        "they get the mean tokens of all side by side, mlp with principal components of each",
+        description="frozen towers of other runs in addition to `tower`, for networks that read mean tokens (mlp, "
+        "dual_cnn): "
+        "they get the concatenated mean tokens of all, mlp with principal components of each",
     )
     width: int = Field(768, ge=8, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")
@@ -606,8 +610,9 @@ class StackConfig(Section):
     memory_gb: float = Field(8.0, gt=0, description="GiB of columns above which they are streamed from a parquet file")
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
         (),
-        description="additional columns, kept only if they improve the nested estimate: embeddings of the untouched "
-        "pretrained tower (written by triderm embed), fused features aligned to one basis (needs test predictions of "
+        description="additional columns, kept only if they improve the nested estimate: embeddings of the "
+        "pretrained tower without training (written by triderm embed), fused features aligned to one basis (needs "
+        "test predictions of "
         "every fold: triderm predict submit=false). triderm pipeline runs both",
     )
     components: int = Field(
@@ -664,7 +669,8 @@ class ReportConfig(Section):
         description="show photos of the hardest, doubtful and typical lesions; false leaves pictures of patients out",
     )
     attention: bool = Field(
-        True, description="show beside these photos what the first tri-modal network attends to; runs it once a lesion"
+        True,
+        description="show the attention of the first tri-modal network next to these photos; runs it once per lesion",
     )
 
 
