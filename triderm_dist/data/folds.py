@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 
@@ -28,29 +28,29 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     Raises DataError for fewer groups than folds, or where groups with several labels allow no such folds.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    result = np.full(len(labels), -1, dtype=np.int64)
-    rows = np.flatnonzero(labels >= 0)
-    group_of_row, number = _numbered(np.asarray(groups), rows)
+    labeled = labels >= 0
+    group_of_row, number = _numbered(np.asarray(groups), labeled)
     if folds > number:
         raise DataError(f"{folds} folds need at least {folds} groups of labeled lesions, there are {number}")
-    classes, class_of_row = np.unique(labels[rows], return_inverse=True)
+    class_of_row, classes = _numbered(labels, labeled)
     totals, size = np.bincount(class_of_row), np.bincount(group_of_row)
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(number)
     tie_break = generator.permutation(folds)  # decides between equally good folds
-    fold_of_group = np.full(number, -1, dtype=np.int64)
+    fold_of_group = np.full(number, -1, np.int32)
 
     large = shuffled[size[shuffled] > 1]
-    content = _Content.of(large, group_of_row, class_of_row, len(classes))
+    content = _Content.of(large, group_of_row, class_of_row, classes)
     by_size = np.argsort(-size[large], kind="stable")
     fold_of_group[large], counts = _place(content, by_size, totals, tie_break)
 
-    class_of_group = np.zeros(number, dtype=np.int64)
-    class_of_group[group_of_row] = class_of_row  # used for groups of one row
+    class_of_group = np.zeros(number, np.int32)
+    class_of_group[group_of_row] = class_of_row
     singles = shuffled[size[shuffled] == 1]
+    class_of_single = class_of_group[singles]
     for label in np.argsort(totals, kind="stable"):
-        members = singles[class_of_group[singles] == label]
+        members = singles[class_of_single == label]
         added = _level(counts[:, label], counts.sum(axis=1), len(members), tie_break)
         fold_of_group[members] = np.repeat(np.arange(folds), added)
         counts[:, label] += added
@@ -59,10 +59,11 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     for label in np.flatnonzero(_confined(counts)):
         if len(np.unique(group_of_row[class_of_row == label])) > 1:
             raise DataError(
-                f"no assignment to {folds} folds leaves label {classes[label]} in every training part, since its "
-                "groups also hold other rare labels; use more folds"
+                f"no assignment to {folds} folds leaves label {labels[labeled][class_of_row == label][0]} in every "
+                "training part, since its groups also hold other rare labels; use more folds"
             )
-    result[rows] = fold_of_group[group_of_row]
+    result = np.full(len(labels), -1, np.int64)
+    result[labeled] = fold_of_group[group_of_row]
     return result
 
 
@@ -98,15 +99,17 @@ def split_parts(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -
     return part_of_group[group_of_row]
 
 
-def _numbered(groups: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the groups of these rows (n,), numbered from 0 in their order, and how many there are."""
-    if groups.dtype.kind not in "iu":
-        names, numbers = np.unique(groups.astype(str)[rows], return_inverse=True)
+def _numbered(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the chosen (N,) bool of values (N,), numbered from 0 in their order, and how many different there are."""
+    if values.dtype.kind not in "iu":
+        names, numbers = np.unique(values.astype(str)[chosen], return_inverse=True)
         return numbers, len(names)
-    numbers = groups[rows]
-    used = np.zeros(int(numbers.max(initial=-1)) + 1, bool)
-    used[numbers] = True
-    return (np.cumsum(used, dtype=np.int32) - 1)[numbers], int(used.sum())
+    values = values[chosen]
+    used = np.zeros(int(values.max(initial=-1)) + 1, bool)
+    used[values] = True
+    places = np.cumsum(used, dtype=np.int32)
+    places -= 1
+    return places[values], int(np.count_nonzero(used))
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,24 @@ class _Content:
     @classmethod
     def of(cls, groups: np.ndarray, group_of_row: np.ndarray, class_of_row: np.ndarray, classes: int) -> _Content:
         """Count the rows of each label in each of the groups (G,)."""
-        position = np.full(int(group_of_row.max(initial=-1)) + 1, -1)
-        position[groups] = np.arange(len(groups))
-        keys = position[group_of_row] * classes + class_of_row
-        keys, counts = np.unique(keys[keys >= 0], return_counts=True)
-        starts = np.searchsorted(keys, np.arange(len(groups) + 1) * classes)
-        return cls(starts, (keys % classes).astype(np.int16), counts)
+        position = np.full(int(group_of_row.max(initial=-1)) + 1, -1, np.int32)
+        position[groups] = np.arange(len(groups), dtype=np.int32)
+        keys = position[group_of_row]
+        inside = keys >= 0
+        keys = keys[inside].astype(np.int32 if len(groups) * classes < 2**31 else np.int64)
+        keys *= classes
+        keys += class_of_row[inside]
+        keys.sort()
+        first = np.flatnonzero(np.diff(keys, prepend=np.int32(-1)))
+        group, label = np.divmod(keys[first], classes)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(groups)))])
+        return cls(starts, label.astype(np.int16), np.diff(first, append=len(keys)))
+
+    def entries(self, groups: np.ndarray) -> tuple[list[int], Iterator[tuple[int, int]]]:
+        """Return how many labels each of these groups (n,) has, and the label and count of each of them in turn."""
+        number = self.starts[groups + 1] - self.starts[groups]
+        at = np.arange(number.sum()) + np.repeat(self.starts[groups] - np.cumsum(number) + number, number)
+        return number.tolist(), zip(self.classes[at].tolist(), self.counts[at].tolist(), strict=True)
 
     def row(self, group: int, classes: int) -> np.ndarray:
         """Return the number of rows of each label in a group, (C,)."""
@@ -151,41 +166,64 @@ def _place(
     ten times as long for so few. totals: rows of each label (C,). Returns the fold of each group (G,), and the rows of
     each label in each fold (F, C).
     """
+    folds = np.argsort(tie_break)
+    total_of, sizes = totals.tolist(), [0] * len(folds)
+    counts = [[0] * len(folds) for _ in total_of]  # by label and fold, as are the costs of one row more of a label
+    single = [[1 / total] * len(folds) for total in total_of]
+
+    def costs_of(label: int, rows: int) -> list[float]:
+        return [(2 * count + rows) * rows / total_of[label] for count in counts[label]]
+
     fold_of = np.empty(len(order), np.int64)
-    counts, sizes, total_of = [[0] * len(totals) for _ in tie_break], [0] * len(tie_break), totals.tolist()
-    folds = list(enumerate(counts))
-    folds.sort(key=lambda fold: int(tie_break[fold[0]]))
     for start in range(0, len(order), PLACED_AT_ONCE):
         groups, chosen = order[start : start + PLACED_AT_ONCE], []
-        first, number = content.starts[groups], content.starts[groups + 1] - content.starts[groups]
-        entries = first[:, None] + np.minimum(np.arange(2), number[:, None] - 1)  # the second is the first again
-        classes, of_each = content.classes[entries].T.tolist(), content.counts[entries].T.tolist()
-        for group, labels, one, other, n, m in zip(groups.tolist(), number.tolist(), *classes, *of_each, strict=True):
-            fold, least, size = -1, math.inf, 0
-            if labels > 2:
-                row = content.row(group, len(totals))
-                fold = _cheapest(np.array(counts), row, totals, tie_break)
-                counts[fold][:] = (counts[fold] + row).tolist()
-                sizes[fold] += int(row.sum())
+        numbers, entries = content.entries(groups)
+        for number in numbers:
+            label, rows = next(entries)
+            own = [(label, rows)]
+            if number == 1:
+                costs: Sequence[float] = counts[label]  # in the same order
             else:
-                second = m if labels == 2 else 0
-                total, other_total = total_of[one], total_of[other]
-                for each, placed in folds:
-                    cost = (2 * placed[one] + n) * n / total + (2 * placed[other] + second) * second / other_total
-                    if cost < least or (cost == least and sizes[each] < size):
-                        fold, least, size = each, cost, sizes[each]
-                counts[fold][one] += n
-                counts[fold][other] += second
-                sizes[fold] += n + second
+                costs = single[label] if rows == 1 else costs_of(label, rows)
+                for _ in range(number - 1):
+                    label, rows = next(entries)
+                    own.append((label, rows))
+                    costs = [*map(add, costs, single[label] if rows == 1 else costs_of(label, rows))]
+                if number > 2:
+                    costs = _as_rounded(costs, own, counts, totals)
+            least = min(costs)
+            fold = costs.index(least)
+            for other in range(fold + 1, len(costs)):
+                if costs[other] == least and sizes[other] < sizes[fold]:
+                    fold = other
+            for label, rows in own:
+                count = counts[label][fold] = counts[label][fold] + rows
+                single[label][fold] = (2 * count + 1) / total_of[label]
+                sizes[fold] += rows
             chosen.append(fold)
-        fold_of[groups] = chosen
-    return fold_of, np.array(counts, np.int64)
+        fold_of[groups] = folds[chosen]
+    result = np.empty((len(folds), len(totals)), np.int64)
+    result[folds] = np.array(counts).T
+    return fold_of, result
 
 
-def _cheapest(counts: np.ndarray, content: np.ndarray, totals: np.ndarray, tie_break: np.ndarray) -> int:
-    """Return the fold where a group increases the stratification cost least; of equal ones the smallest."""
-    cost = ((2 * counts + content) * content / totals).sum(axis=1)
-    return int(np.lexsort((tie_break, counts.sum(axis=1), cost))[0])
+def _as_rounded(
+    costs: Sequence[float], own: Sequence[tuple[int, int]], counts: Sequence[Sequence[int]], totals: np.ndarray
+) -> Sequence[float]:
+    """Return the costs of a group with more than two labels in each fold, with the rounding errors that they had when
+    NumPy added them, where these can decide: folds must stay the same.
+
+    costs: added one after the other.  own: labels of the group with their rows.  counts: rows by label (C) and fold.
+    """
+    near = min(costs) * (1 + 1e-9)  # far above the error of adding any number of labels
+    placed = {tuple([counts[label][fold] for label, _ in own]) for fold, cost in enumerate(costs) if cost <= near}
+    if len(placed) == 1:  # equal costs, however they are added
+        return costs
+    row = np.zeros(len(totals), np.int64)
+    for label, rows in own:
+        row[label] = rows
+    by_fold = np.ascontiguousarray(np.array(counts).T)
+    return ((2 * by_fold + row) * row / totals).sum(axis=1).tolist()
 
 
 def _level(counts: np.ndarray, sizes: np.ndarray, rows: int, tie_break: np.ndarray) -> np.ndarray:
