@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +122,28 @@ def test_damaged_column_is_refused_when_it_is_used(packed: Path, cache: Path, na
             use(found)
     with pytest.raises(DataError, match=rf"{name}: changed or damaged; delete .*{only(cache).name}"):
         uses[name](found)
+
+
+def test_columns_are_compared_once_while_a_process_uses_them(packed: Path, cache: Path) -> None:
+    """A record counts for the same file only, and not once no process that made it is left."""
+    users = [opened(packed)]
+    label, (record,) = only(cache) / "label.bin", only(cache).glob("checked-*[!k]")
+    assert users[0].labels.sum() == read_index(packed).labels.sum()
+    users.append(opened(packed))
+    time = label.stat()
+    flip(label)
+    os.utime(label, ns=(time.st_atime_ns, time.st_mtime_ns))
+    with pytest.raises(DataError, match=r"label\.bin: changed or damaged"):
+        users[1].labels  # noqa: B018
+    fields = [label.stat().st_dev, label.stat().st_ino, *map(int, record.read_text().split()[2:4])]
+    with record.open("a") as file:  # as if it had been damaged without being written to
+        file.write(f"{' '.join(map(str, fields))} {label.stat().st_ctime_ns}\n")
+    users.append(opened(packed))
+    assert users[2].labels.sum() != read_index(packed).labels.sum()
+    users.clear()
+    gc.collect()
+    with pytest.raises(DataError, match=r"label\.bin: changed or damaged"):
+        opened(packed).labels  # noqa: B018
 
 
 def test_damaged_list_of_columns_is_written_again(packed: Path, cache: Path) -> None:

@@ -6,6 +6,7 @@ writes the columns as plain arrays into a folder of the cache, after it has chec
     NAME.bin                  an array, or NAME.ends.bin and NAME.text.bin of a column of strings
     folds-FOLDS-SEED.safetensors    the fold of each lesion, at the first time that it is asked for
     columns.json              which files there are: types, shapes, SHA-256; written last
+    checked-HOST              which files the processes that run on a machine have compared with their SHA-256
 
 Others map these files: a process uses memory for the pages that it reads, and all of them use the same pages.
 """
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +156,8 @@ class _Manifest(BaseModel):
 
 
 class MappedColumns:
-    """Columns in the files of a folder, mapped when they are asked for, after their SHA-256 was compared.
+    """Columns in the files of a folder, mapped when they are asked for, after their SHA-256 was compared, once for all
+    processes of a node that run at the same time.
 
     The files are opened at once, so that they stay readable if the folder is removed.
     """
@@ -168,6 +171,7 @@ class MappedColumns:
         self._about, self._lock = manifest["files"], threading.Lock()
         self._files: dict[str, FileIO] = {}
         self._files.update({name: (folder / name).open("rb", buffering=0) for name in self._about})
+        self._checked = _Checked(folder)
 
     def array(self, name: str) -> np.ndarray:
         return self._mapped(f"{name}.bin")
@@ -197,16 +201,57 @@ class MappedColumns:
     def _mapped(self, name: str) -> np.ndarray:
         """Return the content of a file as an array that is not writable. Raises DataError where it is damaged."""
         about, file = self._about[name], self._files[name]
-        with self._lock:
+
+        def compare() -> None:
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
                 advice = f"delete {self.folder}, which is made again from {SAMPLES}"
                 raise DataError(f"{self.folder / name}: changed or damaged; {advice}")
+
+        with self._lock:
+            self._checked.once(file, compare)
             shape = tuple(about["shape"])
             if not np.prod(shape):
                 return np.empty(shape, about["dtype"])
             file.seek(0)
             return np.asarray(np.memmap(file, about["dtype"], "r", shape=shape))
+
+
+class _Checked:
+    """Which files of a folder of columns processes of this machine have compared with their SHA-256.
+
+    They hold a shared lock of the record while they use the folder, and the record counts only as long: the first
+    process that finds no other one begins a new one. So damage at rest is noticed by the next start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"checked-{socket.gethostname()}"
+        self._file: FileIO | None = None
+        with contextlib.suppress(OSError):  # a folder that is read-only, or a file system without locks
+            file = self._path.open("ab", buffering=0)
+            with contextlib.suppress(BlockingIOError):  # another process uses the folder
+                lock_file(file, wait=False)
+                file.truncate(0)
+            lock_file(file, shared=True)
+            self._file = file
+
+    def once(self, file: FileIO, compare: Callable[[], None]) -> None:
+        """Call `compare`, which raises DataError for a damaged file, unless another process has done so and the file
+        was not written since.
+        """
+        about = os.fstat(file.fileno())
+        line = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+        with contextlib.ExitStack() as stack:
+            known = ""
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # of a folder that was removed
+                    stack.enter_context(_locked(self._path))
+                    known = self._path.read_text(encoding="utf-8")
+            if line not in known.splitlines():
+                compare()
+                if self._file is not None:
+                    with contextlib.suppress(OSError):
+                        self._file.write(f"{line}\n".encode())
 
 
 def share(columns: ParquetColumns, folder: Path, check: Callable[[], None]) -> Columns:
@@ -302,9 +347,9 @@ def _text_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder of columns, after waiting for a process that writes them."""
-    with folder.with_name(f"{folder.name}.lock").open("ab") as file:
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder of columns or of its record, after waiting for a process that writes it."""
+    with path.with_name(f"{path.name}.lock").open("ab") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             lock_file(file)
         yield
