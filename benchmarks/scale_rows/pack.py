@@ -84,14 +84,17 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
     from triderm_dist.data.readers import milk10k  # noqa: F401, its memory is not the driver's
     from triderm_dist.data.shards.format import rows_schema
     from triderm_dist.data.shards.pack import pack_shards
+    from triderm_dist.runtime.memory import return_freed_memory
 
     before = _memory("VmRSS")
     dataset, hashes = hash_groups(read_tables(n, folder), folder / "out")
+    return_freed_memory()  # as packing begins with
     Path("/proc/self/clear_refs").write_text("5")  # the peak of reading is that of the row `read`
     schema = rows_schema(len(dataset.concepts), len(dataset.task.fields))
     size = 10240
 
-    def distribute(writer: Any, part: Path, shards: Any) -> Iterator[int]:
+    def distribute(work: Any, shards: Any) -> Iterator[int]:
+        part = work.args[0]
         for number, lesions in shards:
             count = len(lesions)
             path = part / "shards" / f"shard-{number:06d}.tar"
@@ -119,7 +122,8 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
             pq.write_table(pa.table(arrays, about), part / "rows" / f"{number:06d}.parquet")
             yield number
 
-    pack_shards(dataset, folder / "out", short_side=None, group_hashes=hashes, distribute=distribute)
+    options: dict[str, Any] = {"group_hashes": hashes, "distribute": distribute, "release_lesions": True}
+    pack_shards(dataset, folder / "out", short_side=None, **options)
     return {"peak_mb": _memory("VmHWM") - before}
 
 

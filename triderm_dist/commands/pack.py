@@ -113,6 +113,7 @@ def main(config: PackConfig) -> None:
                     group_hashes=hashes,
                     finish=config.finish,
                     distribute=distribute,
+                    release_lesions=True,
                     **options,
                 )
     except InvalidLesions as error:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from contextlib import suppress
+
 from triderm_dist.runtime.cgroup import memory_limit
 
 
@@ -23,3 +27,11 @@ def available_memory() -> int | None:
     """Return the bytes that programs may still take; None without psutil."""
     found = memory()
     return None if found is None else found[1]
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what this process has freed and its allocators, the C library's and Arrow's, keep."""
+    if arrow := sys.modules.get("pyarrow"):
+        arrow.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)

@@ -27,12 +27,13 @@ from tests.processes import HANG_SECONDS
 from triderm_dist.data.photo_formats import READ_FORMATS
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.lesion_table import LesionTable
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.colors import CMYK_PLAIN, ON_WHITE
 from triderm_dist.data.shards.console import print_index
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.pack import ShardWriter, pack_shards, pack_slice
+from triderm_dist.data.shards.pack import pack_shards, pack_slice
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.schema import Busy, DataError, Lesion
 
@@ -207,11 +208,13 @@ def test_shards_may_be_written_elsewhere(dataset: Dataset, tmp_path: Path) -> No
     expected = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     written: list[int] = []
 
-    def elsewhere(writer: ShardWriter, part: Path, shards: Iterable[tuple[int, list[Lesion]]]) -> Iterator[int]:
+    def elsewhere(
+        work: Callable[[int, list[Lesion]], object], shards: Iterable[tuple[int, list[Lesion]]]
+    ) -> Iterator[int]:
         for number, lesions in reversed([*shards]):
-            there = pickle.loads(pickle.dumps((writer, lesions)))
-            before = [*(part / "rows").glob(f"{number:06d}.parquet")]
-            there[0].keep_or_write(part, number, there[1])
+            there = pickle.loads(pickle.dumps((work, lesions)))
+            before = [*(tmp_path / "many.part" / "rows").glob(f"{number:06d}.parquet")]
+            there[0](number, there[1])
             written.append(number) if not before else None
             yield number
             if number == lost:
@@ -227,7 +230,16 @@ def test_shards_may_be_written_elsewhere(dataset: Dataset, tmp_path: Path) -> No
     assert written == [6, 5, 4, 3, 5, 2, 1, 0]
     assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == expected
     with pytest.raises(DataError, match=r"000000.parquet: missing, though its task has ended; give an output folder"):
-        packed(dataset, tmp_path / "lost", distribute=lambda writer, part, shards: (number for number, _ in shards))
+        packed(dataset, tmp_path / "lost", distribute=lambda work, shards: (number for number, _ in shards))
+
+
+def test_lesions_are_released_before_the_index(dataset: Dataset, tmp_path: Path) -> None:
+    packed(dataset, tmp_path / "one")
+    table = LesionTable.of([*dataset.lesions])
+    index = packed(dataclasses.replace(dataset, lesions=table), tmp_path / "other", release_lesions=True)
+    assert len(table) == 0 and len(index) == len(dataset.lesions) > 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
 
 
 def test_packing_locks_the_output_folder(dataset: Dataset, tmp_path: Path) -> None:

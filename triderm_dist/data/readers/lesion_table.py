@@ -83,7 +83,7 @@ def _smallest(parts: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> tuple[
     return 0, np.dtype(np.float32 if single else np.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LesionTable(Sequence[Lesion]):
     """N lesions in columns, read as `Lesion` objects.
 
@@ -208,6 +208,10 @@ class LesionTable(Sequence[Lesion]):
             fine=self.fine[rows],
             group=self.group[rows],
         )
+
+    def clear(self) -> None:
+        """Empty the table, and so free its memory also where others refer to it."""
+        vars(self).update(vars(LesionTable.of([])))
 
 
 def agreed(rows: np.ndarray, values: np.ndarray, none: float = math.nan) -> tuple[np.ndarray, np.ndarray]:

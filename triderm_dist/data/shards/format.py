@@ -17,6 +17,8 @@ FORMAT = "triderm-shards"
 VERSION = 2
 INDEX, SAMPLES = "index.json", "samples.parquet"
 ROW_GROUP = 1 << 17
+_CHUNK = 1 << 14
+"""Strings that are made at a time."""
 UNLABELED_KEY = "unlabelled"
 """Key of lesions without a label in the counts of index.json; its spelling is part of the format."""
 EXTENSIONS: dict[str, tuple[str, ...]] = {view: (f"{view}.jpg",) for view in VIEWS}
@@ -69,8 +71,8 @@ class Text(Sequence[str]):
         return result
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), ROW_GROUP):
-            yield from self._column.slice(start, ROW_GROUP).to_pylist()
+        for start in range(0, len(self), _CHUNK):
+            yield from self._column.slice(start, _CHUNK).to_pylist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.tolist(), object).astype(dtype or object)

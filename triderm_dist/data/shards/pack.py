@@ -18,7 +18,6 @@ system in common is needed. index.json comes last.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -53,6 +52,7 @@ from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, naming_file, open_new
+from triderm_dist.runtime.memory import return_freed_memory
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
@@ -76,6 +76,7 @@ def pack_shards(
     group_hashes: GroupHashes | None = None,
     finish: bool = False,
     distribute: Distribute | None = None,
+    release_lesions: bool = False,
 ) -> ShardIndex:
     """Write the shards of a data set and return their index; the bytes depend on the input and these settings only.
 
@@ -86,7 +87,8 @@ def pack_shards(
     packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
     group_hashes: where the groups of the data set are hashes (`hash_groups`), those.  finish: all shards were written
     by `pack_slice`; only their checksums are compared, and photos are not read again.  distribute: writes the shards,
-    None for threads of this process.
+    None for threads of this process.  release_lesions: the caller needs the lesions of the data set no more; a
+    `LesionTable` is emptied before the index is written, which takes as much memory again.
 
     Raises InvalidLesions; Busy where another process packs the folder; DataError for an output that holds something
     else, for no valid lesion, a full disk, and with `finish` for shards that are missing.
@@ -117,6 +119,9 @@ def pack_shards(
                 raise DataError(
                     f"{folder}: no valid lesion to pack; {len(problems)} problems, the first: {problems[0]}"
                 )
+            if release_lesions and isinstance(dataset.lesions, LesionTable):
+                dataset.lesions.clear()
+                return_freed_memory()
             packer.write_index(part, shards, dataset.relative([*dataset.problems, *problems]))
             if url:
                 _publish_index(part, RemoteFolder(url))
@@ -253,9 +258,10 @@ class _Slices(Sequence[list[Lesion]]):
     def __init__(self, table: LesionTable, shard_samples: int) -> None:
         self._table, self._samples = table, shard_samples
         hashes = (hashlib.sha256(name.encode()).digest() for name in table.ids)
-        keys = np.fromiter((int.from_bytes(digest[:8]) for digest in hashes), np.uint64, len(table))
-        self._order = np.argsort(keys, kind="stable").astype(np.uint32 if len(keys) < 1 << 32 else np.int64)
-        for first, last in _runs(keys[self._order]):  # of hashes with the same first 8 bytes
+        keys = np.fromiter((int.from_bytes(digest[:4]) for digest in hashes), np.uint32, len(table))
+        self._order = np.argsort(keys).astype(np.uint32 if len(keys) < 1 << 32 else np.int64)
+        keys.sort()
+        for first, last in _runs(keys):  # of hashes with the same first 4 bytes
             names = {row: table.ids[row].encode() for row in self._order[first:last].tolist()}
             self._order[first:last] = sorted(names, key=lambda row: hashlib.sha256(names[row]).digest())
 
@@ -448,13 +454,14 @@ class _Packer:
         group_hashes: GroupHashes | None = None,
         url: str | None = None,
     ) -> None:
+        return_freed_memory()  # of reading the tables
         self.slices = _Slices(LesionTable.of(dataset.lesions), shard_samples)
+        return_freed_memory()  # of sorting
         self.settings = {"short_side": short_side, "quality": QUALITY, "shard_samples": shard_samples}
         self.writer = ShardWriter(dataset.task, dataset.concepts, self.settings, workers, url)
         self.url = url
         self.task, self.concepts, self.workers, self.progress = dataset.task, dataset.concepts, workers, progress
         self.done, self.total, self.group_hashes = 0, len(dataset.lesions), group_hashes
-        _return_freed_memory()
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
@@ -600,13 +607,6 @@ def _read_record(part: Path, number: int) -> _FinishedShard | None:
         return _FinishedShard(record["source"], record.get("settings", ""), file, problems, record["converted"])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-
-
-def _return_freed_memory() -> None:
-    """Give back to the system what reading the tables has freed, which allocators keep: as much as the lesions take."""
-    pa.default_memory_pool().release_unused()
-    with suppress(OSError, AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _paths(lesion: Lesion) -> list[str | None]:

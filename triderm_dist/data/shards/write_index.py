@@ -24,8 +24,10 @@ from triderm_dist.data.shards.format import (
     ShardFile,
     Text,
     samples_schema,
+    to_array,
 )
 from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256
+from triderm_dist.runtime.memory import return_freed_memory
 from triderm_dist.schema import UNLABELED, VIEWS, Task
 
 
@@ -54,9 +56,9 @@ def write_index(
                 rows += len(table)
                 for entry in table["label"].value_counts().to_pylist():
                     counts[entry["values"]] += entry["counts"]
-                photos = table["photos"].combine_chunks().flatten().to_numpy().reshape(-1, len(VIEWS), 3)
+                photos = to_array(table["photos"].combine_chunks().flatten()).reshape(-1, len(VIEWS), 3)
                 sizes += count_sizes(photos)
-                digests.append(labeled_digests(photos, table["label"].to_numpy()))
+                digests.append(labeled_digests(photos, to_array(table["label"])))
 
         def names() -> tuple[Text, Text]:
             columns = pq.read_table(temporary, columns=["lesion_id", "group"])
@@ -137,6 +139,7 @@ def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             joined = pa.concat_tables(waiting)
             full = len(joined) // ROW_GROUP * ROW_GROUP
             yield joined.slice(0, full)
+            return_freed_memory()
             waiting = [joined.slice(full)]
     if waiting:
         yield pa.concat_tables(waiting)
