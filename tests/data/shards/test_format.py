@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import Challenge
 from tests.processes import ROOT
@@ -64,3 +66,34 @@ def test_codes_are_in_the_order_of_the_strings() -> None:
     text = Text(pa.chunked_array([words[:3], words[3:]], pa.string()))
     assert text.sorted_codes.tolist() == [sorted({*words}).index(word) for word in words]
     assert text.equals(Text(pa.chunked_array([words]))) and not text.equals(Text(pa.chunked_array([words[::-1]])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(
+        st.one_of(
+            st.integers(0, 10**8).map(lambda number: f"IL_{number:08d}"),
+            st.integers(0, 10**8).map(str),
+            st.text("a\x00\uffff", max_size=3),
+            st.text(max_size=80),
+        ),
+        max_size=30,
+    ),
+    start=st.integers(0, 3),
+)
+def test_codes_of_any_strings(words: list[str], start: int) -> None:
+    """Of those that 64 bits hold as a number, and of others."""
+    text = Text(pa.chunked_array([pa.array(words, pa.string()).slice(start)]))
+    words = words[start:]
+    place = {word: number for number, word in enumerate(sorted({*words}))}
+    assert text.sorted_codes.tolist() == [place[word] for word in words]
+
+
+def test_ids_with_a_few_different_digits_are_sorted_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triderm_dist.data.shards.format.ROW_GROUP", 7)
+    words = [f"patient-{'x' * 40}-{number * 7919 % 100:02d}{number % 3 * '0'}" for number in range(100)]
+    numbers = Text(pa.chunked_array([words]))._numbers()
+    assert numbers is not None
+    assert np.argsort(numbers).tolist() == sorted(range(len(words)), key=words.__getitem__)
+    assert Text(pa.chunked_array([[f"{number:064b}" for number in (0, 2**64 - 1, 2**63)]]))._numbers() is not None
+    assert Text(pa.chunked_array([["0" * 21, "9" * 21]]))._numbers() is None
