@@ -13,6 +13,11 @@ def config(**settings: object) -> PackConfig:
     return PackConfig(source="photos", output="shards", **settings)
 
 
+def test_tables_behind_a_url_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"source=s3://bucket/clinic: tables are read from a folder"):
+        main(PackConfig(source="s3://bucket/clinic", output="shards"))
+
+
 def test_slices_are_counted_from_one() -> None:
     assert slice_of("3/8") == (3, 8)
     assert slice_of(None) is None

@@ -25,6 +25,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads, slice_of
+from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
 
@@ -72,10 +73,16 @@ def main(config: PackConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
+    from triderm_dist.data.shards.open import is_url
     from triderm_dist.data.shards.pack import pack_shards, pack_slice
     from triderm_dist.data.shards.publish import local_name
 
     part, beside = slice_of(config.slice), local_name(config.output)
+    if is_url(config.source):
+        raise ConfigError(
+            f"source={redact(config.source)}: tables are read from a folder; copy the table into one, and name the "
+            "photos in it by their URLs"
+        )
     if part and config.finish:
         raise ConfigError("finish: writes the index of all slices; leave out slice=")
     if config.address and (part or config.finish):

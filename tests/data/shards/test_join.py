@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import Challenge
+from tests.data.shards.faulty_server import serve
 from tests.data.shards.test_index_foreign import write_foreign
+from triderm_dist.commands.join import JoinConfig, main
 from triderm_dist.data.loader import Loader
 from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -27,7 +29,7 @@ from triderm_dist.data.shards.join import join_sets
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.files import LOCK_SECONDS, exclusive_lock
-from triderm_dist.schema import VIEWS, Busy, DataError, FineLabels
+from triderm_dist.schema import VIEWS, Busy, ConfigError, DataError, FineLabels
 
 
 @pytest.fixture
@@ -197,3 +199,23 @@ def test_joined_tar_folders_train_like_one(tmp_path: Path) -> None:
         assert one.lesion_ids == other.lesion_ids
         for name in ("clinical", "dermoscopic", "concepts", "metadata", "labels"):
             assert torch.equal(getattr(one, name).nan_to_num(-1), getattr(other, name).nan_to_num(-1))
+
+
+def test_sets_behind_urls_are_joined(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    half = len(dataset.lesions) // 2
+    first, second = pack(dataset, tmp_path / "a", slice(half)), pack(dataset, tmp_path / "b", slice(half, None))
+    expected = join_sets([first, second], [everything(first), everything(second)], tmp_path / "local")
+    with serve(tmp_path / "a") as server:
+        main(JoinConfig(sets=(server.url, str(tmp_path / "b")), output=str(tmp_path / "both")))
+        with pytest.raises(DataError, match=rf"is in {server.url} and {tmp_path / 'a'}; leave it out of one"):
+            main(JoinConfig(sets=(server.url, str(tmp_path / "a")), output=str(tmp_path / "twice")))
+    index = read_index(tmp_path / "both", verify=True)
+    assert index.fingerprint == expected.fingerprint
+    assert {path.name: path.read_bytes() for path in index.folder.iterdir()} == {
+        path.name: path.read_bytes() for path in expected.folder.iterdir()
+    }
+    with pytest.raises(ConfigError, match="output=s3://bucket/both: not a local folder"):
+        main(JoinConfig(sets=(str(tmp_path / "a"),), output="s3://bucket/both"))

@@ -1,6 +1,7 @@
 """Join packed sets of one task, or take part of one, without decoding or copying photos.
 
-The tars of the new set are hard links to those of the sets, or copies where the file system has no links. Its index
+The tars of the new set are hard links to those of the sets, or copies where the file system has no links; those behind
+a URL are fetched through the cache. Its index
 holds the rows that are kept, in their order; a tar may hold lesions that it does not list (`ShardIndex.selected`).
 
 Part of a set whose photos have one size is taken without reading them: its index lists the lesions that share a photo.
@@ -15,6 +16,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +33,7 @@ from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import exclusive_lock
+from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError
 
 PROBE = 4096
@@ -44,7 +47,7 @@ def join_sets(
     selected: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
-    """Write the set `output` of the kept lesions of several sets of local tars, and return its index.
+    """Write the set `output` of the kept lesions of several sets, and return its index.
 
     keep: (N,) bool of each set.  selected: the condition by which they are kept, for the record.  progress: called with
     (tars read, all tars).  The folder appears when it is complete.
@@ -81,9 +84,7 @@ def _write(
 ) -> None:
     """Write the tars and the index of the new set into a new folder."""
     folder.mkdir()
-    for tar in tars:
-        _link(tar.index.path(tar.number), folder / tar.file.url)
-    files, tables = [tar.file for tar in tars], _tables(tars, sets[0].concepts, _photos(tars, progress))
+    files, tables = [tar.file for tar in tars], _tables(tars, sets[0].concepts, _photos(tars, folder, progress))
     problems = [problem for index in sets for problem in index.problems]
     write_index(folder, tables, files, sets[0].task, sets[0].concepts, problems, _about(sets, selected))
 
@@ -91,7 +92,7 @@ def _write(
 def _check_alike(sets: Sequence[ShardIndex]) -> None:
     first = sets[0]
     for index in sets[1:]:
-        where = f"{index.folder} and {first.folder} cannot be joined"
+        where = f"{_place(index)} and {_place(first)} cannot be joined"
         if not index.task.matches(first.task):
             other = first.task.named_other(index.task)
             raise DataError(f"{where}: the task of one is {other}; a training takes sets of other tasks by data.extra")
@@ -102,8 +103,13 @@ def _check_alike(sets: Sequence[ShardIndex]) -> None:
         if index.group_salt != first.group_salt:
             raise DataError(
                 f"{where}: their groups are hashed with other salts, so that patients in common would not be found; "
-                f"pack one again with salt={first.folder}"
+                f"pack one again with salt={_place(first)}"
             )
+
+
+def _place(index: ShardIndex) -> str:
+    """Return the folder or the URL of a set, for messages."""
+    return redact(index.remote.store.url) if index.remote else str(index.folder)
 
 
 def _check_distinct(sets: Sequence[ShardIndex], keep: Sequence[np.ndarray]) -> None:
@@ -121,7 +127,7 @@ def _check_distinct(sets: Sequence[ShardIndex], keep: Sequence[np.ndarray]) -> N
             first = next(
                 each for (each, _), names in zip(kept, ids, strict=True) if pc.index(names, twice).as_py() >= 0
             )
-            raise DataError(f"lesion {twice} is in {first.folder} and {index.folder}; leave it out of one")
+            raise DataError(f"lesion {twice} is in {_place(first)} and {_place(index)}; leave it out of one")
         seen = max(seen, int(codes.max()) + 1)
 
 
@@ -147,11 +153,14 @@ def _tars(sets: Sequence[ShardIndex], keep: Sequence[np.ndarray]) -> Iterator[_T
                 yield _Tar(index, number, rows, ShardFile(name, len(rows), packed.bytes, packed.sha256))
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+def _link(tar: _Tar, target: Path) -> None:
+    """Link a tar of a set, or copy it; one behind a URL after it was fetched."""
+    index, source = tar.index, tar.index.path(tar.number)
+    with closing(index.remote.open(index.shards[tar.number])) if index.remote else nullcontext():
+        try:
+            os.link(source.resolve(), target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
 
 
 def _tables(tars: Sequence[_Tar], concepts: tuple[str, ...], photos: Sequence[np.ndarray]) -> Iterator[pa.Table]:
@@ -175,9 +184,9 @@ def _tables(tars: Sequence[_Tar], concepts: tuple[str, ...], photos: Sequence[np
         yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 
-def _photos(tars: Sequence[_Tar], progress: Callable[[int, int], None] | None) -> list[np.ndarray]:
-    """Return the width, height and a 64-bit number (n, views, 3) of the photos of the kept lesions of each tar, zeros
-    where one is missing; the numbers are equal where the bytes are.
+def _photos(tars: Sequence[_Tar], folder: Path, progress: Callable[[int, int], None] | None) -> list[np.ndarray]:
+    """Link the tars into a folder, and return the width, height and a 64-bit number (n, views, 3) of the photos of the
+    kept lesions of each tar, zeros where one is missing; the numbers are equal where the bytes are.
     """
     for index in {id(tar.index): tar.index for tar in tars}.values():  # read the columns before the threads start
         index.offsets, index.sizes  # noqa: B018
@@ -186,12 +195,16 @@ def _photos(tars: Sequence[_Tar], progress: Callable[[int, int], None] | None) -
     sharing = pa.array({lesion for pair in first.shared_photos for lesion in pair}, pa.large_string())
 
     def probes_of(tar: _Tar) -> np.ndarray:
+        path = folder / tar.file.url
+        _link(tar, path)
         if not is_known:
-            return _probes(tar, np.ones(len(tar.rows), bool))
+            return _probes(path, tar, np.ones(len(tar.rows), bool))
         ids = tar.index.lesion_ids.column.take(pa.array(tar.rows))
-        return _probes(tar, pc.is_in(ids, sharing).to_numpy(zero_copy_only=False))
+        return _probes(path, tar, pc.is_in(ids, sharing).to_numpy(zero_copy_only=False))
 
-    for done, (_, probes) in enumerate(map_in_order(probes_of, tars, available_cores()), start=1):
+    downloads = (tar.index.remote.store.remote.downloads for tar in tars if tar.index.remote)
+    workers = max(available_cores(), *downloads, 1)
+    for done, (_, probes) in enumerate(map_in_order(probes_of, tars, workers), start=1):
         found.append(probes)
         if progress:
             progress(done, len(tars))
@@ -199,12 +212,12 @@ def _photos(tars: Sequence[_Tar], progress: Callable[[int, int], None] | None) -
     repeated = np.unique(numbers[1:][numbers[1:] == numbers[:-1]])
     for tar, probes in zip(tars, found, strict=True):
         for at, view in np.argwhere(np.isin(probes[..., 2], repeated) & (probes[..., 2] > 0)).tolist():
-            with tar.index.path(tar.number).open("rb") as file:
+            with (folder / tar.file.url).open("rb") as file:
                 probes[at, view] = size_and_hash(_read(file, tar, at, view))
     return found
 
 
-def _probes(tar: _Tar, read: np.ndarray) -> np.ndarray:
+def _probes(path: Path, tar: _Tar, read: np.ndarray) -> np.ndarray:
     """Return width, height and a hash of the first bytes (n, views, 3) of the photos of the kept lesions.
 
     read: (n,) bool; the photos of the other lesions are known to have the size of the set, and to differ from all
@@ -217,7 +230,7 @@ def _probes(tar: _Tar, read: np.ndarray) -> np.ndarray:
     result[others, 2] = (tar.rows[:, None] * len(VIEWS) + np.arange(1, len(VIEWS) + 1))[others]
     if not read.any():
         return result
-    with tar.index.path(tar.number).open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         for at, view in np.argwhere((sizes > 0) & read[:, None]).tolist():
             data = _read(file, tar, at, view, PROBE)
             try:
