@@ -100,7 +100,7 @@ class BatchedSource(PhotoSource):
 
 def extractor(config: TokenBenchmark, index: ShardIndex, tower: Tower, kind: type[PhotoSource]) -> TokenExtractor:
     augment = AugmentConfig()
-    source = kind(index, config.image_size, tower.mean, tower.std, augment, index.signature.views)
+    source = kind(index, config.image_size, tower.mean, tower.std, augment)
     loaders = LoaderFactory(index, source, config.workers)
     return TokenExtractor(tower, loaders, augment, 0, parallel.start_inference("fp32"))
 
