@@ -15,7 +15,7 @@ from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.parallel import start_inference
-from triderm_dist.doctor.networks import Place, network_findings
+from triderm_dist.doctor.networks import Hardware, network_findings
 from triderm_dist.engine.checkpoint import load_weights, read_info, read_weights
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import fold_tower, is_fold_finished, result_hash
@@ -198,7 +198,7 @@ def test_logits_of_a_network_that_reads_all_tokens_are_refused(sets, tmp_path):
 
 def test_doctor_names_the_networks(sets, other):
     config = joined(sets[0], Path("unused"), f"{{init: '{other}/m'}}", "{init: nowhere}")
-    findings = {each.name: each for each in network_findings(config, sets[0].signature, Place(1, "single", None))}
+    findings = {each.name: each for each in network_findings(config, sets[0].signature, Hardware(1, "single", None))}
     assert "m/fold-0" in findings["m: extra_towers.0"].text
     assert findings["m: extra_towers.1"].state == "error"
 

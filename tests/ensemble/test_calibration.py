@@ -65,3 +65,12 @@ def test_logit_adjustment_removes_the_prior() -> None:
 def test_prior_of_an_absent_diagnosis_is_not_zero() -> None:
     prior = calibration.class_prior(np.array([0, 0, 1]), 3)
     assert prior.sum() == pytest.approx(1) and (prior > 0).all()
+
+
+def test_weighted_sum_of_a_part_is_that_of_all_rows() -> None:
+    generator = np.random.default_rng(0)
+    members, weights = generator.random((5, 1000, 3)), generator.random(5)
+    whole = calibration.weighted_sum(weights, members)
+    np.testing.assert_allclose(whole, np.tensordot(weights, members, axes=1), rtol=1e-14)
+    for part in (slice(0, 1), slice(3, 20), slice(500, 777)):
+        np.testing.assert_array_equal(calibration.weighted_sum(weights, [each[part] for each in members]), whole[part])

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
+from triderm_dist.ensemble.calibration import weighted_sum
 from triderm_dist.ensemble.run_files import FITTED, STACKER
 from triderm_dist.ensemble.thresholds import Rule, decide
 from triderm_dist.schema import ConfigError, DataError, Task
@@ -101,7 +102,7 @@ class Ensemble:
                 f"the ensemble has {len(self.members)} members ({', '.join(self.members)}), got {len(probabilities)} "
                 "tables"
             )
-        combined = np.tensordot(self.weights, np.stack(list(probabilities)), axes=1)
+        combined = weighted_sum(self.weights, probabilities)
         return np.minimum(combined, 1.0)  # rounded weights may add up to a bit more
 
     def decide(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:

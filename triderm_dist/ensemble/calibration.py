@@ -40,6 +40,17 @@ def member_probabilities(table: OofTable, model: str, temperature: float = 1.0) 
     return probabilities_of(table.logits[model] / temperature, table.heads[model])
 
 
+def weighted_sum(weights: np.ndarray, members: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """Return (N, C): the sum of the (N, C) of M members, each times its weight (M,).
+
+    Member by member: the last bit of a product by BLAS depends on the number of rows and their place in memory.
+    """
+    total = weights[0] * members[0]
+    for weight, member in zip(weights[1:], members[1:], strict=True):
+        total = total + weight * member
+    return np.asarray(total)
+
+
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, head: str) -> float:
     """Return the mean over lesions of the cross-entropy (softmax), or of the sum over diagnoses of the binary
     cross-entropies (sigmoid).

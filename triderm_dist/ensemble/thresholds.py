@@ -134,7 +134,7 @@ def choose_thresholding(
     decisions = {choice: np.zeros((len(labels), classes), bool) for choice in choices}
     for part in np.unique(parts):
         held_out = parts == part
-        combined = np.tensordot(fit_weights(~held_out), members, axes=1)
+        combined = calibration.weighted_sum(fit_weights(~held_out), members)
         if any(choice.tau is None for choice in choices):  # once for all shrinkages
             averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], resamples)
         for choice, table in decisions.items():

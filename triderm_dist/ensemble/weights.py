@@ -14,6 +14,7 @@ import numpy as np
 from triderm_dist import intervals, metrics
 from triderm_dist.config import EnsembleConfig
 from triderm_dist.ensemble.artifact import Ensemble
+from triderm_dist.ensemble.calibration import weighted_sum
 from triderm_dist.ensemble.run_files import AUTO, CHOSEN, ENSEMBLE, FITTED, MEAN, STACKER
 from triderm_dist.ensemble.sampling import on_all_cores, search_rows
 from triderm_dist.ensemble.thresholds import Resamples, best_thresholds, choose_thresholding, thresholdings
@@ -32,7 +33,7 @@ def fit_weights(
     """
     weights = _fit_weights(MacroF1Objective(probabilities, labels), rounds)
     names = tuple(members) if members is not None else tuple(f"member-{i}" for i in range(len(probabilities)))
-    thresholds = best_thresholds(np.tensordot(weights, np.stack(list(probabilities)), axes=1), labels)
+    thresholds = best_thresholds(weighted_sum(weights, probabilities), labels)
     return Ensemble(names, weights, thresholds, temperatures=np.ones(len(names)))
 
 
@@ -96,7 +97,7 @@ def _fit_candidates(
         ensemble = Ensemble(
             members=names,
             weights=weights,
-            thresholds=thresholding.fit(np.tensordot(weights, stacked, axes=1), labels, resamples),
+            thresholds=thresholding.fit(weighted_sum(weights, stacked), labels, resamples),
             rule=thresholding.rule,
             shrinkage=thresholding.shrinkage,
             tau=thresholding.tau,
