@@ -75,6 +75,20 @@ def test_packing(make_challenge: Callable[..., Challenge], tmp_path: Path) -> No
     assert content(source.parent / "out" / "many") == content(tmp_path / "one")
 
 
+def test_packing_into_a_url(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
+    source = make_challenge(lesions=LESIONS, size=(1600, 1200)).folder
+    pack_shards(read_challenge(source), tmp_path / "one", short_side=32, shard_samples=SHARD_LESIONS)
+    bucket = tmp_path / "bucket"
+    command = ["pack", f"source={source.name}", f"output={bucket.as_uri()}", "short_side=32"]
+    run_and_lose_a_machine(
+        [*command, f"shard_samples={SHARD_LESIONS}", "groups=plain"],
+        lambda: len([*bucket.glob("rows.part/*.parquet")]),
+        source.parent,
+    )
+    assert content(bucket) == content(tmp_path / "one")
+    assert not list(source.parent.rglob("*.part"))
+
+
 def test_indexing(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
     folder = tmp_path / "tars"
     source = make_challenge(lesions=LESIONS, size=(1600, 1200)).folder

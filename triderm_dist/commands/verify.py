@@ -1,6 +1,7 @@
 """Verify a folder of shards: checksums, index, every photo, and that plain `webdataset` reads the same samples.
 
 triderm verify folder=runs/milk10k/shards/train
+triderm verify folder=s3://BUCKET/milk10k/train
 """
 
 from pathlib import Path
@@ -8,13 +9,13 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible, Threads
+from triderm_dist.config import Extensible, RemoteConfig, Threads
 from triderm_dist.schema import DataError
 from triderm_dist.settings import PathText
 
 
 class VerifyConfig(Extensible):
-    folder: PathText = Field(description="folder of shards")
+    folder: PathText = Field(description="folder of shards, or its URL, of which every shard is fetched")
     folds: int = Field(5, ge=2, description="number of folds that must be possible")
     fold_seed: int = Field(0, description="seed of the fold assignment")
     workers: Threads = None
@@ -22,14 +23,15 @@ class VerifyConfig(Extensible):
 
 def main(config: VerifyConfig) -> None:
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
-    from triderm_dist.data.shards.index import read_index
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.data.shards.publish import local_name
     from triderm_dist.data.shards.verify import verify
 
-    index = read_index(config.folder)
+    index = open_index(config.folder, RemoteConfig())
     with progress_bar("checking lesions") as progress:
         problems = verify(index, config.folds, config.fold_seed, config.workers, progress)
     if problems:
-        print_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
+        print_problems(problems, Path(f"{local_name(config.folder)}.problems.csv"))
         raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
     print_index(index)
     folds = f"{config.folds} folds are possible" if (index.labels >= 0).any() else "no labels, so no folds"

@@ -54,7 +54,7 @@ def _done(
             try:
                 ray.get(reference)
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-                text = f"shard {key}: its process was lost {RETRIES + 1} times, possibly out of memory"
+                text = f"{_name(key)}: its process was lost {RETRIES + 1} times, possibly out of memory"
                 raise Interrupted(f"{text}; {RESUME.partition(';')[0]}") from error
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
@@ -63,9 +63,13 @@ def _done(
     for key, piece in pieces:
         while len(running) >= most:
             yield from ended()
-        running[remote.options(name=f"shard {key}").remote(shared, key, piece)] = key
+        running[remote.options(name=_name(key)).remote(shared, key, piece)] = key
     while running:
         yield from ended()
+
+
+def _name(key: int | str) -> str:
+    return f"shard {key}" if isinstance(key, int) else key
 
 
 def _work(work: Callable[[Any, Any], object], key: Any, piece: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards, pack_slice
 from triderm_dist.data.shards.publish import RemoteFolder, local_name
-from triderm_dist.schema import DataError
+from triderm_dist.schema import DataError, Lesion
 
 
 @pytest.fixture
@@ -106,6 +106,38 @@ def test_slices_on_machines_without_a_file_system_in_common(
     files.pipe_file(location, whole)
     write(dataset, url, finish=True)
     assert published(url) == content(tmp_path / "local")
+
+
+def test_tasks_on_machines_without_a_file_system_in_common(
+    dataset: Dataset, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(dataset, tmp_path / "local")
+    done: list[int] = []
+
+    def elsewhere(
+        work: Callable[[int, list[Lesion]], object], shards: Iterable[tuple[int, list[Lesion]]]
+    ) -> Iterator[int]:
+        for number, lesions in shards:
+            before = set(tmp_path.rglob("*.tar")) | set(tmp_path.rglob("*.parquet"))
+            work(number, lesions)
+            new = (set(tmp_path.rglob("*.tar")) | set(tmp_path.rglob("*.parquet"))) - before
+            assert all((tmp_path / "bucket") in path.parents for path in new)  # nothing on the disk of the driver
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(number)
+            yield number
+
+    uploaded: list[str] = []
+    put = RemoteFolder.put
+    monkeypatch.setattr(RemoteFolder, "put", lambda self, path, name: uploaded.append(name) or put(self, path, name))
+    with pytest.raises(KeyboardInterrupt):
+        write(dataset, url, distribute=elsewhere)
+    assert "shard-000002.tar" in uploaded and "shard-000003.tar" not in uploaded
+    done = [-1] * 3
+    uploaded.clear()
+    write(dataset, url, distribute=elsewhere)
+    assert published(url) == content(tmp_path / "local")
+    assert "shard-000002.tar" not in uploaded and "shard-000003.tar" in uploaded
 
 
 def test_refused_set_leaves_nothing(dataset: Dataset, url: str, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import pytest
 
 from tests.conftest import Challenge
 from triderm_dist.checksums import write_checked_json
+from triderm_dist.config import RemoteConfig
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.open import open_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.files import file_sha256
@@ -170,3 +172,22 @@ def test_photo_entries_of_the_index_are_verified(index: ShardIndex, name: str) -
 def test_more_folds_than_groups_are_refused(index: ShardIndex) -> None:
     (problem,) = verify(index, 12, 0)
     assert "12 folds need at least 12 groups" in problem.what and "folds=" in problem.what
+
+
+def test_tars_behind_a_url_are_fetched_for_the_check(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote = open_index(index.folder.as_uri(), RemoteConfig())
+    done: list[tuple[int, int]] = []
+    assert verify(remote, 5, 0, progress=lambda *counts: done.append(counts)) == []
+    assert done == [(row + 1, len(index)) for row in range(len(index))]
+    assert not list(tmp_path.glob("cache/**/*.tar"))
+    photo(7, 0, b"\0" * 20)(index)
+    index.path(3).write_bytes(index.path(3).read_bytes()[:3000])
+    problems = verify(remote, 5, 0)
+    assert [problem.kind for problem in problems] == ["checksum", "checksum", "sample", "tar"]
+    assert [Path(problem.where.split(",")[0]).name for problem in problems] == [
+        f"shard-00000{n}.tar" for n in (1, 3, 1, 3)
+    ]
+    assert problems[0].where.startswith("file://")

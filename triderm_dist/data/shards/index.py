@@ -313,10 +313,12 @@ def verify_shards(index: ShardIndex) -> None:
         pass
 
 
-def read_photo_bytes(index: ShardIndex, row: int, view: str) -> bytes:
-    """Return the JPEG of one view of one lesion, empty if the view is missing."""
+def read_photo_bytes(index: ShardIndex, row: int, view: str, tar: Path | None = None) -> bytes:
+    """Return the JPEG of one view of one lesion, empty if the view is missing. tar: its tar, where that is not in the
+    folder of the index.
+    """
     column = VIEWS.index(view)
-    with index.path(int(index.shard[row])).open("rb") as file:
+    with (tar or index.path(int(index.shard[row]))).open("rb") as file:
         file.seek(int(index.offsets[row, column]))
         return file.read(int(index.sizes[row, column]))
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -309,13 +310,18 @@ class ShardWriter:
     url: str | None = None
 
     def keep_or_write(self, part: Path, number: int, lesions: list[Lesion]) -> None:
-        """Write a shard and its record, unless an earlier process has."""
-        for name in ("shards", "rows"):
-            (part / name).mkdir(parents=True, exist_ok=True)
-        if not self.is_valid(part, number, lesions, self.read_record(part, number)):
-            # A process that was given up may still write the file of this name.
-            _tar_path(part, number).unlink(missing_ok=True)
-            self.write(part, [(number, lesions)])
+        """Write a shard and its record, unless an earlier process has. part: a folder that every machine sees, not used
+        where the output is behind a URL: then the files pass through a temporary folder of this machine.
+        """
+        with ExitStack() as stack:
+            if self.url:
+                part = Path(stack.enter_context(TemporaryDirectory(prefix="triderm-pack-")))
+            for name in ("shards", "rows"):
+                (part / name).mkdir(parents=True, exist_ok=True)
+            if not self.is_valid(part, number, lesions, self.read_record(part, number)):
+                # A process that was given up may still write the file of this name.
+                _tar_path(part, number).unlink(missing_ok=True)
+                self.write(part, [(number, lesions)])
 
     def is_valid(self, part: Path, number: int, lesions: Sequence[Lesion], record: _FinishedShard | None) -> bool:
         """Return whether the file has the recorded checksum and its input is unchanged."""

@@ -19,7 +19,8 @@ _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", 
 def local_name(output: str | os.PathLike[str]) -> Path:
     """Return an output folder, or for a URL a name in the working folder, from which names of related files derive."""
     if not is_url(output):
-        return Path(output)
+        path = Path(output)
+        return path if path.name.strip(".") else Path(os.path.abspath(path))  # . and .. have no name
     where = redact(os.fspath(output)).partition("://")[2].partition("?")[0]
     return Path(re.sub(r"[^A-Za-z0-9._]+", "-", where).strip("-.") or "output")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import VIEWS, DataError, one_line, printable
 
+AHEAD = 2
+"""Threads that fetch and hash tars before they are checked."""
+
 
 def verify(
     index: ShardIndex,
@@ -31,24 +36,53 @@ def verify(
 ) -> list[Problem]:
     """Return all problems of a packed set, an empty list if it is valid.
 
-    folds, fold_seed: also check that folds can be assigned. progress: called with (lesions checked, all lesions).
+    Tars behind a URL are fetched for the time of their check, not taken from the cache. folds, fold_seed: also check
+    that folds can be assigned. progress: called with (lesions checked, all lesions). Raises DataError for a tar that
+    cannot be fetched.
     """
+    checksums, samples = list[Problem](), list[Problem]()
+    photos = np.zeros((len(index), len(VIEWS), 3), np.uint64)
+    with TemporaryDirectory(prefix="triderm-verify-") as scratch:
+        for tar in _tars(index, Path(scratch)):
+            if tar.sha256 != (expected := index.shards[tar.number].sha256):
+                what = f"checksum {tar.sha256[:16]}... is not the {expected[:16]}... of {INDEX}: damaged; copy it again"
+                checksums.append(Problem("", "checksum", tar.name, what))
+            samples += _samples(index, tar, photos, workers or available_cores(), progress)
+            if index.remote:
+                tar.path.unlink()
     return [
-        *_checksums(index, workers or available_cores()),
+        *checksums,
         *_counts(index),
-        *_samples(index, workers or available_cores(), progress),
+        *(samples or _photos(index, photos)),
         *_duplicates(index),
         *_folds(index, folds, fold_seed),
     ]
 
 
-def _checksums(index: ShardIndex, workers: int) -> Iterator[Problem]:
-    """Hash the tars; `read_index` did so with the table of samples."""
-    expected = {index.folder / shard.url: shard.sha256 for shard in index.shards}
-    for path, actual in map_in_order(file_sha256, expected, workers):
-        if actual != expected[path]:
-            what = f"checksum {actual[:16]}... is not the {expected[path][:16]}... of {INDEX}: damaged; copy it again"
-            yield Problem("", "checksum", str(path), what)
+@dataclass(frozen=True)
+class _Tar:
+    """A tar on a local disk. name: path or URL, for messages.  rows: of the index that it holds."""
+
+    number: int
+    path: Path
+    name: str
+    sha256: str
+    rows: range
+
+
+def _tars(index: ShardIndex, scratch: Path) -> Iterator[_Tar]:
+    """Yield the tars of a set, hashed; of one behind a URL each is a file in `scratch`, a few ahead."""
+    ends = np.cumsum([shard.samples for shard in index.shards]).tolist()
+
+    def read(number: int) -> _Tar:
+        shard, path, name = index.shards[number], index.path(number), str(index.path(number))
+        if index.remote:
+            path, name = scratch / shard.url, index.remote.store.shown(shard.url)
+            index.remote.store.fetch(replace(shard, bytes=-1), path)  # of any size and checksum
+        return _Tar(number, path, name, file_sha256(path), range(ends[number] - shard.samples, ends[number]))
+
+    for _, tar in map_in_order(read, range(len(index.shards)), AHEAD):
+        yield tar
 
 
 def _counts(index: ShardIndex) -> Iterator[Problem]:
@@ -61,29 +95,32 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
             yield Problem("", "count", str(path), what)
 
 
-def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], None] | None) -> Iterator[Problem]:
-    """Compare every sample that webdataset reads with its row of the index, and all photos with index.json."""
-    photos = np.zeros((len(index), len(VIEWS), 3), np.uint64)
+def _samples(
+    index: ShardIndex, tar: _Tar, photos: np.ndarray, workers: int, progress: Callable[[int, int], None] | None
+) -> list[Problem]:
+    """Compare every sample of a tar that webdataset reads with its row of the index, and set the rows of `photos`
+    (N, V, 3).
+    """
     same_group = _same_group(index)
 
     def check(pair: tuple[int, dict[str, Any]]) -> Problem | None:
         row, sample = pair
-        where = f"{index.path(int(index.shard[row]))}, lesion {index.lesion_ids[row]}"
         try:
-            photos[row] = _check_sample(index, row, sample, same_group)
+            photos[row] = _check_sample(index, tar.path, row, sample, same_group)
         except (PhotoError, ValueError) as error:
-            return Problem(index.lesion_ids[row], "sample", where, str(error))
+            name = index.lesion_ids[row]
+            return Problem(name, "sample", f"{tar.name}, lesion {name}", str(error))
         return None
 
     # Read the columns before the threads start.
     index.lesion_ids, index.groups, index.labels, index.fine, index.concept_scores, index.metadata  # noqa: B018
     problems: list[Problem] = []
-    for done, (_, problem) in enumerate(map_in_order(check, _pairs(index, problems.append), workers), start=1):
+    for (row, _), problem in map_in_order(check, _pairs(index, tar, problems.append), workers):
         if problem:
             problems.append(problem)
         if progress:
-            progress(done, len(index))
-    yield from problems or _photos(index, photos)
+            progress(row + 1, len(index))
+    return problems
 
 
 def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
@@ -94,46 +131,42 @@ def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
             yield Problem("", "count", str(index.folder / INDEX), f"{name} does not match the photos in the tars")
 
 
-def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row, sample) of every row, in order; `on_problem` gets every other sample that webdataset reads, and
-    every tar that cannot be read to its end, unless the index was made of such a tar and lists it. Lesions that a
+def _pairs(
+    index: ShardIndex, tar: _Tar, on_problem: Callable[[Problem], object]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row, sample) of every row of a tar, in order; `on_problem` gets every other sample that webdataset reads,
+    and the tar if it cannot be read to its end, unless the index was made of such a tar and lists it. Lesions that a
     selection left out are skipped.
     """
     dropped = {problem.lesion_id for problem in index.problems}
-    known = {Path(problem.where).name for problem in index.problems if problem.kind == "tar"}
-    ends = np.cumsum([shard.samples for shard in index.shards])
-    row = 0
-    for number, end in enumerate(ends.tolist()):
-        path = index.path(number)
-        where = str(path)
-        if path.name not in known:
-            try:
-                check_tar_end(path)
-            except (DamagedTar, OSError) as error:
-                on_problem(Problem("", "tar", where, f"{one_line(error)}; copy or make it again"))
-                row = end
-                continue
+    known = tar.path.name in {Path(problem.where).name for problem in index.problems if problem.kind == "tar"}
+    row, end = tar.rows.start, tar.rows.stop
+    if not known:
         try:
-            for sample in _webdataset(where):
-                if not belongs_to_lesion(sample, index.extensions):
-                    continue
-                name = _lesion_id(index, sample)
-                if row < end and name == index.lesion_ids[row]:
-                    yield row, sample
-                    row += 1
-                    if row == end and path.name in known:
-                        break
-                elif name not in dropped and index.selected is None:
-                    wanted = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
-                    on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} instead of {wanted}"))
+            check_tar_end(tar.path)
+        except (DamagedTar, OSError) as error:
+            on_problem(Problem("", "tar", tar.name, f"{one_line(error)}; copy or make it again"))
+            return
+    try:
+        for sample in _webdataset(str(tar.path)):
+            if not belongs_to_lesion(sample, index.extensions):
+                continue
+            name = _lesion_id(index, sample)
+            if row < end and name == index.lesion_ids[row]:
+                yield row, sample
+                row += 1
+                if row == end and known:
                     break
-        except Exception as error:  # a damaged tar may raise anything
-            on_problem(Problem("", "tar", where, f"webdataset cannot read it ({one_line(error)})"))
-        if row < end:
-            first = index.lesion_ids[row]
-            what = f"webdataset does not read {end - row} of the lesions that the index lists, the first {first}"
-            on_problem(Problem(first, "missing", where, what))
-        row = end
+            elif name not in dropped and index.selected is None:
+                wanted = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
+                on_problem(Problem(name, "order", tar.name, f"webdataset reads lesion {name} instead of {wanted}"))
+                break
+    except Exception as error:  # a damaged tar may raise anything
+        on_problem(Problem("", "tar", tar.name, f"webdataset cannot read it ({one_line(error)})"))
+    if row < end:
+        first = index.lesion_ids[row]
+        what = f"webdataset does not read {end - row} of the lesions that the index lists, the first {first}"
+        on_problem(Problem(first, "missing", tar.name, what))
 
 
 def _webdataset(path: str) -> Iterator[dict[str, Any]]:
@@ -179,7 +212,7 @@ def _same_group(index: ShardIndex) -> Callable[[str, str], bool]:
 
 
 def _check_sample(
-    index: ShardIndex, row: int, sample: dict[str, Any], same_group: Callable[[str, str], bool]
+    index: ShardIndex, tar: Path, row: int, sample: dict[str, Any], same_group: Callable[[str, str], bool]
 ) -> list[tuple[int, int, int]]:
     """Return the `size_and_hash` of both views.
 
@@ -189,7 +222,7 @@ def _check_sample(
     for view in VIEWS:
         names = index.extensions[view] if view in index.task.view_names else ()
         data = next((sample[name] for name in names if name in sample), b"")
-        if data != read_photo_bytes(index, row, view):
+        if data != read_photo_bytes(index, row, view, tar):
             raise ValueError(f"the {view} photo is not at the offset of {SAMPLES}")
         if data:
             try:
