@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from triderm_dist import files
 from triderm_dist.checksums import write_checked_json, write_checked_parquet, write_checked_tensors
-from triderm_dist.data.shards.pack import TarWriter
+from triderm_dist.data.shards.tar_writer import TarWriter
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.files import (
     PATIENT_DATA,

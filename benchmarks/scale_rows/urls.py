@@ -19,7 +19,7 @@ def write_tars(n: int, folder: Path) -> None:
 
     from PIL import Image
 
-    from triderm_dist.data.shards.pack import TarWriter
+    from triderm_dist.data.shards.tar_writer import TarWriter
     from triderm_dist.schema import DIAGNOSES, VIEWS
 
     photo = io.BytesIO()

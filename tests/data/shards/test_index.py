@@ -25,7 +25,8 @@ from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
-from triderm_dist.data.shards.pack import TarWriter, pack_shards
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.shards.tar_writer import TarWriter
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.files import file_sha256, write_json
 from triderm_dist.schema import DIAGNOSES, VIEWS, DataError, Diagnosis, TaskColumns

@@ -29,11 +29,11 @@ from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import LesionTable
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.colors import CMYK_PLAIN, ON_WHITE
 from triderm_dist.data.shards.console import print_index
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards, pack_slice
+from triderm_dist.data.shards.shard_lesions import ShardLesions
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.schema import Busy, DataError, Lesion
 
@@ -131,7 +131,7 @@ def test_changed_photos_and_damaged_tars_are_repacked(make_challenge: Make, tmp_
         packed(dataset, tmp_path / "out", progress=stop_at(26))
     tars = sorted((tmp_path / "out.part" / "shards").glob("*.tar"))
     index_of = {lesion.lesion_id: lesion for lesion in dataset.lesions}
-    first = pack._Packer(dataset, 24, 5, 1, None).slices[0][0]
+    first = ShardLesions(LesionTable.of(dataset.lesions), 5)[0][0]
     photo = Path(str(index_of[first.lesion_id].images["clinical"]))
     data = photo.read_bytes()
     photo.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # a different photo of the same length
@@ -148,7 +148,7 @@ def test_packing_interrupted_at_the_last_step(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted after the rename, before OUTPUT.part is removed."""
-    monkeypatch.setattr(pack.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out")
     monkeypatch.undo()
@@ -298,7 +298,7 @@ def test_packing_reports_all_problems(make_challenge: Make, tmp_path: Path) -> N
 def test_shard_whose_lesions_are_all_dropped(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge()
     dataset = read_challenge(challenge.folder)
-    for lesion in pack._Packer(dataset, 24, 5, 1, None).slices[1]:
+    for lesion in ShardLesions(LesionTable.of(dataset.lesions), 5)[1]:
         Path(str(lesion.images["dermoscopic"])).write_bytes(b"")
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", invalid="drop", progress=stop_at(17))

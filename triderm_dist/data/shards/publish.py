@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.open import is_url
 from triderm_dist.data.shards.remote import address_of, retried
 from triderm_dist.runtime.redact import redact
@@ -52,6 +53,11 @@ class RemoteFolder:
                 raise ConnectionError(f"{found} of {size} bytes have arrived")
 
         retried(address_of(self.url, name), work)
+
+    def put_index(self, folder: Path) -> None:
+        """Upload the index of a local folder, index.json last, which makes the set complete."""
+        for name in (SAMPLES, INDEX):
+            self.put(folder / name, name)
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, None if there is none."""
