@@ -79,7 +79,8 @@ class IndexConfig(Extensible):
 def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
-    from triderm_dist.data.shards.index_foreign import folder_task, index_shards, index_slice
+    from triderm_dist.data.shards.foreign_folder import folder_task
+    from triderm_dist.data.shards.index_foreign import index_shards, index_slice
     from triderm_dist.data.shards.publish import local_name
     from triderm_dist.tasks import load_task, milk10k_task
 

@@ -264,21 +264,7 @@ def read_index(
     size, a table of samples whose checksum differs, and, with `verify`, a shard whose checksum does.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; create it by triderm pack")
-    path = folder / INDEX
-    if not path.is_file():
-        raise DataError(
-            f"{folder}: no {INDEX} in this folder; create it by triderm pack, or for other WebDataset shards by "
-            "triderm index"
-        )
-    raw = read_json(path)
-    if raw.get("format") != FORMAT or raw.get("version") != VERSION:
-        found = f"{raw.get('format')!r} version {raw.get('version')!r}"
-        raise DataError(
-            f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again by triderm pack, "
-            "or index other WebDataset shards again by triderm index"
-        )
+    path, raw = folder / INDEX, _read_raw(folder)
     content = check_content(raw, path)
     table = content.samples.file
     fields = _fields(content, _task(raw, path), path)
@@ -305,6 +291,26 @@ def read_index(
     if verify:
         verify_shards(index)
     return index
+
+
+def _read_raw(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's index.json. Raises DataError where it is missing or of another version."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; create it by triderm pack")
+    path = folder / INDEX
+    if not path.is_file():
+        raise DataError(
+            f"{folder}: no {INDEX} in this folder; create it by triderm pack, or for other WebDataset shards by "
+            "triderm index"
+        )
+    raw = read_json(path)
+    if raw.get("format") != FORMAT or raw.get("version") != VERSION:
+        found = f"{raw.get('format')!r} version {raw.get('version')!r}"
+        raise DataError(
+            f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again by triderm pack, "
+            "or index other WebDataset shards again by triderm index"
+        )
+    return raw
 
 
 def verify_shards(index: ShardIndex) -> None:

@@ -44,36 +44,26 @@ def write_index(
 
     tables: one after the other, with the columns of `rows_schema`. about: further entries of index.json.
     """
-    counts: Counter[int] = Counter()
-    sizes: Counter[tuple[int, int]] = Counter()
-    digests: list[np.ndarray] = []
-    rows = 0
+    found = _Statistics()
+    schema = samples_schema(len(concepts), len(task.fields), bool(task.fine))
     with atomic_path(folder / SAMPLES, PATIENT_DATA) as temporary:
-        schema = samples_schema(len(concepts), len(task.fields), bool(task.fine))
         with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
-                rows += len(table)
-                for entry in table["label"].value_counts().to_pylist():
-                    counts[entry["values"]] += entry["counts"]
-                photos = to_array(table["photos"].combine_chunks().flatten()).reshape(-1, len(VIEWS), 3)
-                sizes += count_sizes(photos)
-                digests.append(labeled_digests(photos, to_array(table["label"])))
+                found.add(table)
 
         def names() -> tuple[Text, Text]:
             columns = pq.read_table(temporary, columns=["lesion_id", "group"])
             return Text(columns["lesion_id"]), Text(columns["group"])
 
-        all_digests = np.concatenate(digests)
-        digests.clear()  # before they are sorted
-        shared = shared_photos(all_digests, names)
-        about_samples = {
+        shared = shared_photos(found.take_digests(), names)
+        samples = {
             "url": SAMPLES,
-            "rows": rows,
+            "rows": found.rows,
             "bytes": temporary.stat().st_size,
             "sha256": file_sha256(temporary),
         }
-    named = {name: counts[label] for label, name in enumerate(task.diagnosis_names)}
+    counts = {name: found.labels[label] for label, name in enumerate(task.diagnosis_names)}
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -83,14 +73,39 @@ def write_index(
         "metadata_fields": list(task.field_names),
         **about,
         "shards": [vars(shard) for shard in shards],
-        "samples": about_samples,
-        "counts": {**named, UNLABELED_KEY: counts[UNLABELED]},
-        "photo_sizes": {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())},
+        "samples": samples,
+        "counts": {**counts, UNLABELED_KEY: found.labels[UNLABELED]},
+        "photo_sizes": {f"{width}x{height}": count for (width, height), count in sorted(found.sizes.items())},
         "shared_photos": shared,
         "dropped": count_by_kind(problems),
         "problems": [asdict(problem) for problem in problems],
     }
     write_checked_json(folder / INDEX, index)
+
+
+class _Statistics:
+    """What index.json says of all rows: how many, of each label, photos of each (width, height), and photo hashes."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.labels: Counter[int] = Counter()
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self._digests: list[np.ndarray] = []
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a table."""
+        self.rows += len(table)
+        for entry in table["label"].value_counts().to_pylist():
+            self.labels[entry["values"]] += entry["counts"]
+        photos = to_array(table["photos"].combine_chunks().flatten()).reshape(-1, len(VIEWS), 3)
+        self.sizes += count_sizes(photos)
+        self._digests.append(labeled_digests(photos, to_array(table["label"])))
+
+    def take_digests(self) -> np.ndarray:
+        """Return the `labeled_digests` of all rows, and release their memory, which sorting them needs."""
+        digests = np.concatenate(self._digests)
+        self._digests.clear()
+        return digests
 
 
 def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
