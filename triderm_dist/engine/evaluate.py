@@ -5,7 +5,7 @@ Outputs are gathered batch by batch, so that memory does not grow with the numbe
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -125,17 +125,7 @@ def evaluate_hidden(
     loader = loaders.sequential(
         rows, micro_batch, device, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    widths: list[int] = []
-    start = dict.fromkeys(hidden, 0)
-
-    def take(name: str | None, count: int, outputs: HostCopy) -> None:
-        values = np.split(outputs.arrays()[0][:count], np.cumsum(widths)[:-1], axis=1)
-        found = dict(zip(names, values, strict=True))
-        part = rows[start[name] : start[name] + count]
-        start[name] += count
-        keep(name, Evaluation(part, *(found.get(each, np.empty((count, 0), np.float32)) for each in OUTPUTS)))
-
-    found: deque[tuple[str | None, int, HostCopy]] = deque()
+    pending = _Pending(rows, names, keep)
     for step in loader:
         batch = step.micro_batches[0]
         outputs: dict[str | None, list[Outputs]] = {name: [] for name in hidden}
@@ -148,18 +138,42 @@ def evaluate_hidden(
                 for name in hidden:
                     outputs[name].append(run(network, hide_input(one, name, index.concepts) if name else one))
         for name in hidden:
-            means = mean_outputs(outputs[name], names)
-            widths = [mean.shape[1] for mean in means]
-            # Ranks hold consecutive parts of the batch, so that gathering keeps its order, with padding last.
-            gathered = gather_on_main(torch.cat(means, dim=1))
-            if gathered is not None:
-                found.append((name, step.count, HostCopy([gathered])))
-        while len(found) > len(hidden):  # copy the previous batch while the device computes this one
-            take(*found.popleft())
+            pending.add(name, step.count, mean_outputs(outputs[name], names))
+        pending.deliver(newest=len(hidden))  # copy the previous batch while the device computes this one
         note_progress()
         after_batch()
-    while found:
-        take(*found.popleft())
+    pending.deliver()
+
+
+class _Pending:
+    """Outputs that are being copied from the device, until they are delivered to `keep` (see `evaluate_hidden`)."""
+
+    def __init__(self, rows: np.ndarray, names: Sequence[str], keep: Callable[[str | None, Evaluation], None]) -> None:
+        self._rows, self._names, self._keep = rows, names, keep
+        self._copies: deque[tuple[str | None, list[int], int, HostCopy]] = deque()
+        self._delivered: Counter[str | None] = Counter()
+
+    def add(self, name: str | None, count: int, outputs: Sequence[torch.Tensor]) -> None:
+        """Gather the outputs (B, ...) of all ranks and begin to copy them. Call on all ranks.
+
+        count: rows of the batch, without padding.
+        """
+        # Ranks hold consecutive parts of the batch, so that gathering keeps its order, with padding last.
+        gathered = gather_on_main(torch.cat([*outputs], dim=1))
+        if gathered is not None:
+            self._copies.append((name, [output.shape[1] for output in outputs], count, HostCopy([gathered])))
+
+    def deliver(self, newest: int = 0) -> None:
+        """Deliver all copies but the `newest` ones."""
+        while len(self._copies) > newest:
+            name, widths, count, copy = self._copies.popleft()
+            values = np.split(copy.arrays()[0][:count], np.cumsum(widths)[:-1], axis=1)
+            found = dict(zip(self._names, values, strict=True))
+            start = self._delivered[name]
+            self._delivered[name] += count
+            rows = self._rows[start : start + count]
+            columns = (found.get(each, np.empty((count, 0), np.float32)) for each in OUTPUTS)
+            self._keep(name, Evaluation(rows, *columns))
 
 
 def _encoded(network: Network, batch: Batch, accelerator: Accelerator) -> Batch:

@@ -38,7 +38,7 @@ from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
 from triderm_dist.models.tower import tensors_hash
 from triderm_dist.monitoring.expectation import Expectation, expect
-from triderm_dist.monitoring.flops import budget
+from triderm_dist.monitoring.flops import Budget, budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
@@ -135,10 +135,7 @@ class Trainer:
         saved = self._load_newest(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
-        self.expectation: Expectation | None = None
-        if flops and accelerator.device.type == "cuda" and not output.brief:
-            half, strategy = accelerator.mixed_precision != "no", strategy_of(accelerator)
-            self.expectation = expect(network, config, flops, half, strategy, data.loaders.index.canvas)
+        self.expectation = None if output.brief else self._expect(network, flops)
         text = report(
             output.title(name), accelerator, config, network, data.numbers(), epoch_steps, flops,
             start=saved.state.step if saved else 0, brief=output.brief, why_precision=why_precision,
@@ -163,10 +160,22 @@ class Trainer:
         self.step = build_step(accelerator, self.wrapped, prepared, optimizer, self.loss, config, self.guard, graphed)
         state, total = self.training.state, sum(epoch_steps)
         self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, flops)
-        lines = TrainLines(total, self.last_epoch, self.loss.names, flops is not None, output.prefix(name))
-        self.tracker = Tracker(
-            name, folder.path, accelerator.is_main_process, lines=lines, step=state.step, epoch=state.epoch,
-            trackers=config.trackers, tracker_settings=config.tracker_settings, group=output.run,
+        self.tracker = self._build_tracker(output, total, has_flops=flops is not None)
+
+    def _expect(self, network: Network, flops: Budget | None) -> Expectation | None:
+        """Return the speed and memory to expect on a GPU; None on a CPU, or where the FLOPs are not known."""
+        if flops is None or self.accelerator.device.type != "cuda":
+            return None
+        half, strategy = self.accelerator.mixed_precision != "no", strategy_of(self.accelerator)
+        return expect(network, self.config, flops, half, strategy, self.data.loaders.index.canvas)
+
+    def _build_tracker(self, output: Output, steps: int, has_flops: bool) -> Tracker:
+        """Return the tracker of a training of `steps` steps, which shows the MFU if it has FLOPs to compute it from."""
+        state, config = self.training.state, self.config
+        lines = TrainLines(steps, self.last_epoch, self.loss.names, has_flops, output.prefix(self.name))
+        return Tracker(
+            self.name, self.folder.path, self.accelerator.is_main_process, lines=lines, step=state.step,
+            epoch=state.epoch, trackers=config.trackers, tracker_settings=config.tracker_settings, group=output.run,
             settings=flatten(redact_tree(config.model_dump(mode="json"))), later_seconds=output.later_seconds,
         )  # fmt: skip
 

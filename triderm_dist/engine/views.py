@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -120,15 +120,20 @@ def open_views(
             say(f"note: {found}")
     loaders = opener.open_set(index, transforms)
     weights = {key: each.frozen_modules().state_dict() for key, (each, _) in frozen.items()}
-    shape = opener.token_shape
-    if not extra:
-        return Views(loaders, about, shape, loaders, np.empty(0, np.int64), frozen=weights, extra_towers=described)
-    union, views = LesionUnion(index, extra), index.signature.views
-    read = [view for _, cached in frozen.values() for view in cached] or views
-    source = UnionSource(union, [loaders.source, *(opener.open_set(each, 1).source for each in sets[1:])], read)
-    training = LoaderFactory(union, source, experiment.data.workers, experiment.data.prefetch)
-    rows = union.extra_rows([view for view in views if view in model.use])
-    return Views(loaders, about, shape, training, rows, union.extra, weights, described)
+    nothing = np.empty(0, np.int64)
+    views = Views(loaders, about, opener.token_shape, loaders, nothing, (), weights, described)
+    return _with_extra_sets(views, extra, opener) if extra else views
+
+
+def _with_extra_sets(views: Views, extra: Sequence[ExtraSet], opener: _Opener) -> Views:
+    """Return views whose training loaders have the lesions of extra sets too."""
+    index, data = views.loaders.index, opener.experiment.data
+    union, names = LesionUnion(index, extra), index.signature.views
+    read = [view for _, cached in opener.frozen.values() for view in cached] or names
+    sources = [views.loaders.source, *(opener.open_set(each.index, 1).source for each in extra)]
+    training = LoaderFactory(union, UnionSource(union, sources, read), data.workers, data.prefetch)
+    rows = union.extra_rows([view for view in names if view in opener.model.use])
+    return replace(views, training=training, extra_rows=rows, extra=union.extra)
 
 
 @dataclass
