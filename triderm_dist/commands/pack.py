@@ -16,10 +16,12 @@ On a Ray cluster each shard is a task, and those of a machine that is lost run o
 triderm pack source=CLINIC output=runs/clinic/shards/train address=auto
 """
 
+from __future__ import annotations
+
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -28,6 +30,10 @@ from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Thread
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
+
+if TYPE_CHECKING:
+    from triderm_dist.data.group_hashes import GroupHashes
+    from triderm_dist.data.readers.dataset import Dataset
 
 
 class PackConfig(Extensible):
@@ -69,32 +75,15 @@ class PackConfig(Extensible):
 
 
 def main(config: PackConfig) -> None:
-    from triderm_dist.data.group_hashes import hash_groups
     from triderm_dist.data.problems import InvalidLesions
-    from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
-    from triderm_dist.data.shards.open import is_url
     from triderm_dist.data.shards.pack import pack_shards, pack_slice
     from triderm_dist.data.shards.publish import local_name
 
     part, beside = slice_of(config.slice), local_name(config.output)
-    if is_url(config.source):
-        raise ConfigError(
-            f"source={redact(config.source)}: tables are read from a folder; copy the table into one, and name the "
-            "photos in it by their URLs"
-        )
-    if part and config.finish:
-        raise ConfigError("finish: writes the index of all slices; leave out slice=")
-    if config.address and (part or config.finish):
-        raise ConfigError("address: the cluster packs all shards; leave out slice= and finish=")
+    _check(config)
     try:
-        task = find_task(config.source, config.task)
-        source = os.path.abspath(config.source) if config.address else config.source  # tasks have other working folders
-        dataset = read_source(source, task, config.missing_view, config.invalid)
-        hashes = None
-        if config.groups == "hash" and not (dataset.problems and config.invalid == "refuse"):
-            asked = "groups" in config.model_fields_set
-            dataset, hashes = hash_groups(dataset, beside, config.salt, asked)
+        dataset, hashes = _read(config)
         for note in dataset.notes:
             print(f"note: {note}")
         with ExitStack() as stack:
@@ -134,6 +123,35 @@ def main(config: PackConfig) -> None:
         return
     print_problems(index.problems, Path(f"{beside}.problems.csv"))
     print_index(index)
+
+
+def _check(config: PackConfig) -> None:
+    """Raise ConfigError for settings that cannot be combined, and for a source behind a URL."""
+    from triderm_dist.data.shards.open import is_url
+
+    if is_url(config.source):
+        raise ConfigError(
+            f"source={redact(config.source)}: tables are read from a folder; copy the table into one, and name the "
+            "photos in it by their URLs"
+        )
+    if config.slice and config.finish:
+        raise ConfigError("finish: writes the index of all slices; leave out slice=")
+    if config.address and (config.slice or config.finish):
+        raise ConfigError("address: the cluster packs all shards; leave out slice= and finish=")
+
+
+def _read(config: PackConfig) -> tuple[Dataset, GroupHashes | None]:
+    """Return the data set, and the hashes of its groups where they replace them."""
+    from triderm_dist.data.group_hashes import hash_groups
+    from triderm_dist.data.readers.source import find_task, read_source
+    from triderm_dist.data.shards.publish import local_name
+
+    task = find_task(config.source, config.task)
+    source = os.path.abspath(config.source) if config.address else config.source  # tasks have other working folders
+    dataset = read_source(source, task, config.missing_view, config.invalid)
+    if config.groups == "plain" or (dataset.problems and config.invalid == "refuse"):
+        return dataset, None
+    return hash_groups(dataset, local_name(config.output), config.salt, "groups" in config.model_fields_set)
 
 
 def start() -> None:

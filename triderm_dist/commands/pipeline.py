@@ -90,79 +90,126 @@ def main(config: PipelineRun) -> None:
 
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
-    """Return all stages in order; `run_stages` decides which are skipped."""
-    from triderm_dist.data.shards.open import index_file
-    from triderm_dist.ensemble.run_files import OOF_PREFIX
-    from triderm_dist.submission import result_files
+    """Return all stages in order; `run_stages` decides which are skipped. settings: the saved config.yaml."""
+    extra = config.stack.extra if config.stack.enabled else ()
+    has_test = bool(config.data.test or config.data.test_shards)
+    if "features" in extra and not has_test:
+        raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
+    setting, task = run_task(config)
+    run = _RunStages(config, task)
+    result = [*_packing_stages(config, setting, task), run.crossval()]
+    columns = []
+    if "embeddings" in extra:
+        columns.append(run.embed())
+    if "features" in extra:
+        columns.append(run.predict_folds())
+    result += [*columns, run.stack([path for stage in columns for path in stage.outputs])]
+    if has_test:
+        result.append(run.predict())
+    return [*result, run.report(settings)]
 
-    folder, of_run = config.folder, [f"run={config.folder}"]
-    data, extra = config.data, config.stack.extra if config.stack.enabled else ()
-    packing = stable_dump(data, "data")
-    for key in ("workers", "prefetch", "verify", "remote", "task", "groups"):  # task and groups are in the index
-        packing.pop(key, None)
-    launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
-    models = {name: stable_dump(model, "models.NAME") for name, model in config.models.items()}
-    folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
-    out_of_fold = stable_dump(config.oof, "oof")
 
-    def training(data: dict[str, Any]) -> list[Any]:
-        return [models, data, config.seed, config.token_seed]
+class _RunStages:
+    """The stages that work on packed sets and on the run folder, each with its command, settings and files."""
 
-    def held_out(data: dict[str, Any]) -> list[Any]:
-        return [*training(data), out_of_fold] if out_of_fold else training(data)
+    def __init__(self, config: PipelineRun, task: Task) -> None:
+        from triderm_dist.data.shards.open import index_file
 
-    def predicting(data: dict[str, Any]) -> list[Any]:
-        return [stable_dump(config.predict, "predict"), data]
+        self.config, self.task, self.folder, data = config, task, config.folder, config.data
+        self.launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
+        self.train_index = index_file(config.train_shards, data.remote)
+        self.extra_indices = [index_file(each.shards, data.remote) for each in data.extra_sets.values()]
+        self.test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
+        self.oof, self.ensemble = self.folder / "oof.parquet", self.folder / "ensemble.json"
+        self.folds = [config.fold_folder(name, fold) for name in config.models for fold in range(data.folds)]
+        self.packing = stable_dump(data, "data")
+        for key in ("workers", "prefetch", "verify", "remote", "task", "groups"):  # task and groups are in the index
+            self.packing.pop(key, None)
 
-    def stage(
+    def crossval(self) -> Stage:
+        """Train all folds of all models."""
+        config = self.config
+        given = config.model_dump(include=config.model_fields_set & {"parallel_folds", *PARALLEL_FOLDS_KEYS})
+        parallel = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+        inputs = [self.train_index, *self.extra_indices]
+        inputs += [path for name in config.models for path in _warm_start(config, name)]
+        predictions = [self.oof, *(fold / "predictions.parquet" for fold in self.folds)]
+        out_of_fold = stable_dump(config.oof, "oof")
+
+        def held_out(data: dict[str, Any]) -> list[Any]:
+            return [*self._training(data), out_of_fold] if out_of_fold else self._training(data)
+
+        return self._on_data("crossval", [*self._on_ranks("crossval"), *parallel], held_out, inputs, predictions)
+
+    def embed(self) -> Stage:
+        """Compute the embeddings that the stacker reads."""
+        indices = [self.train_index, *self.test_index]
+        embedded = [self.folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
+        return self._on_data("embed", self._on_ranks("embed"), self._training, indices, embedded)
+
+    def predict_folds(self) -> Stage:
+        """Predict the test set by the models of all folds, for the features that the stacker reads."""
+        command, inputs = [*self._on_ranks("predict"), "submit=false"], [*self.test_index, *self._trained()]
+        predicted = [fold / "test.parquet" for fold in self.folds]
+        return self._on_data("predict folds", command, self._predicting, inputs, predicted)
+
+    def stack(self, columns: list[Path]) -> Stage:
+        """Fit the stacker and the ensemble. columns: files with further columns for the stacker."""
+        from triderm_dist.ensemble.run_files import OOF_PREFIX
+        from triderm_dist.submission import result_files
+
+        config = self.config
+        settings = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
+        outputs = [self.ensemble, *(self.folder / name for name in result_files(self.task, OOF_PREFIX))]
+        return Stage("stack", [*program("stack"), self._run], settings, [self.oof, *columns], outputs)
+
+    def predict(self) -> Stage:
+        """Predict the test set and write the results."""
+        inputs = [self.ensemble, *self.test_index, *self._trained(), *self._truth()]
+        return self._on_data("predict", self._on_ranks("predict"), self._predicting, inputs, self._results())
+
+    def report(self, settings: Path) -> Stage:
+        """Write the report. settings: the saved config.yaml."""
+        inputs = [self.ensemble, self.oof, settings]
+        if self.test_index:
+            inputs += [*self._results(), *self._truth()]
+        return Stage("report", [*program("report"), self._run], [], inputs, [self.folder / "report.html"])
+
+    @property
+    def _run(self) -> str:
+        return f"run={self.folder}"
+
+    def _on_ranks(self, name: str) -> list[str]:
+        return [*program(name, self.launcher), self._run]
+
+    def _on_data(
+        self,
         name: str,
         command: list[str],
         settings: Callable[[dict[str, Any]], list[Any]],
         inputs: list[Path],
         outputs: list[Path],
     ) -> Stage:
-        return Stage(name, command, settings(_without_paths(packing)), inputs, outputs, settings(packing))
+        """Return a stage whose settings hold those of the data. Earlier versions recorded the paths of data too."""
+        return Stage(name, command, settings(_without_paths(self.packing)), inputs, outputs, settings(self.packing))
 
-    train_index = index_file(config.train_shards, data.remote)
-    extra_indices = [index_file(each.shards, data.remote) for each in data.extra_sets.values()]
-    test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
-    if "features" in extra and not test_index:
-        raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
-    setting, task = run_task(config)
-    result = _packing_stages(config, setting, task)
-    oof = folder / "oof.parquet"
-    given = config.model_dump(include=config.model_fields_set & {"parallel_folds", *PARALLEL_FOLDS_KEYS})
-    parallel = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
-    predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
-    crossval = [*program("crossval", launcher), *of_run, *parallel]
-    begun_with = [path for name in models for path in _warm_start(config, name)]
-    result.append(stage("crossval", crossval, held_out, [train_index, *extra_indices, *begun_with], predictions))
-    extra_files = []
-    if "embeddings" in extra:
-        indices = [train_index, *test_index]
-        embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
-        result.append(stage("embed", [*program("embed", launcher), *of_run], training, indices, embedded))
-        extra_files += embedded
-    trained = [fold / "fold.json" for fold in folds]
-    predict = [*program("predict", launcher), *of_run]
-    if "features" in extra:
-        predicted = [fold / "test.parquet" for fold in folds]
-        result.append(
-            stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
-        )
-        extra_files += predicted
-    stacking = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
-    ensemble = folder / "ensemble.json"
-    stacked = [ensemble, *(folder / name for name in result_files(task, OOF_PREFIX))]
-    result.append(Stage("stack", [*program("stack"), *of_run], stacking, [oof, *extra_files], stacked))
-    reported = [ensemble, oof, settings]
-    if test_index:
-        truth = [Path(data.test_truth)] if data.test_truth else []
-        results = [folder / name for name in result_files(task)]
-        result.append(stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], results))
-        reported += [*results, *truth]
-    result.append(Stage("report", [*program("report"), *of_run], [], reported, [folder / "report.html"]))
-    return result
+    def _training(self, data: dict[str, Any]) -> list[Any]:
+        models = {name: stable_dump(model, "models.NAME") for name, model in self.config.models.items()}
+        return [models, data, self.config.seed, self.config.token_seed]
+
+    def _predicting(self, data: dict[str, Any]) -> list[Any]:
+        return [stable_dump(self.config.predict, "predict"), data]
+
+    def _trained(self) -> list[Path]:
+        return [fold / "fold.json" for fold in self.folds]
+
+    def _truth(self) -> list[Path]:
+        return [Path(self.config.data.test_truth)] if self.config.data.test_truth else []
+
+    def _results(self) -> list[Path]:
+        from triderm_dist.submission import result_files
+
+        return [self.folder / name for name in result_files(self.task)]
 
 
 def _packing_stages(config: PipelineRun, setting: str, task: Task) -> list[Stage]:
