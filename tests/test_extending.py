@@ -33,7 +33,7 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import AUGMENTATIONS, LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.data.readers.source import READERS
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine.checkpoint import read_info
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker

@@ -19,8 +19,9 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.token_cache import HEADER, TokenCache
-from triderm_dist.engine.checkpoint import Checkpoints, load_weights, read_info
+from triderm_dist.engine.checkpoint import Checkpoints
 from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.network_files import load_weights, read_info
 from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.fitted_stacker import FittedStacker

@@ -19,8 +19,8 @@ from triderm_dist.config import Experiment, load, load_run
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.network_files import load_weights
 from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.environment import read_environment
 from triderm_dist.metrics import official_macro_f1

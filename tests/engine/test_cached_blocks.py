@@ -17,10 +17,10 @@ from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import parallel
 from triderm_dist.doctor.disk import estimate_disk
-from triderm_dist.engine.checkpoint import load_weights, read_weights
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.fold import fold_tower, is_fold_finished, new_network
+from triderm_dist.engine.network_files import load_weights, read_weights
 from triderm_dist.engine.refit import refit
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.network import Network

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from triderm_dist.engine import checkpoint
-from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, read_info, readable_checkpoints
+from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, readable_checkpoints
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.files import file_sha256
 
 

@@ -16,9 +16,9 @@ from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.parallel import start_inference
 from triderm_dist.doctor.networks import Hardware, network_findings
-from triderm_dist.engine.checkpoint import load_weights, read_info, read_weights
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import fold_tower, is_fold_finished, result_hash
+from triderm_dist.engine.network_files import load_weights, read_info, read_weights
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
 from triderm_dist.engine.views import open_views

@@ -19,7 +19,7 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.data.synthetic import write_demo
-from triderm_dist.engine.checkpoint import read_weights
+from triderm_dist.engine.network_files import read_weights
 from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.schema import UNLABELED, ConfigError, FineLabels, InputError, Task
 

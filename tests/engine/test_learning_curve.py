@@ -6,10 +6,10 @@ import pytest
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.bench import synthetic_shards
-from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import assigned_folds
 from triderm_dist.engine.learning_curve import models_of_learning_curve, part_of_lesions, train_learning_curve
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.predictions import PARTS, DataSplit, gather, gather_part, part_folder
 from triderm_dist.schema import ConfigError, DataError
 

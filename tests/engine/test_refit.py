@@ -5,8 +5,8 @@ import pytest
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.bench import synthetic_shards
-from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
 from triderm_dist.monitoring.metrics_log import read_metrics

@@ -10,9 +10,9 @@ import torch
 from tests.union_sets import MAIN, OTHER, pack_set
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.engine.checkpoint import read_info, read_weights
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import is_fold_finished, result_hash
+from triderm_dist.engine.network_files import read_info, read_weights
 from triderm_dist.engine.refit import refit
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fill_network, find_networks, tower_weights

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.fuzz.checks import cases, fuzz, result_or_refusal
 from tests.fuzz.mutations import edited_bytes, edited_fields, edited_json, without_checksum
 from triderm_dist.config import Experiment, load_run
-from triderm_dist.engine.checkpoint import read_info, read_weights
+from triderm_dist.engine.network_files import read_info, read_weights
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.environment import read_environment

@@ -27,9 +27,9 @@ from triderm_dist.config import CONFIG_DIR, Experiment, load_run
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine.checkpoint import read_info, save_weights, write_info
 from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.locate import locate_run
+from triderm_dist.engine.network_files import read_info, save_weights, write_info
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.files import file_sha256
 from triderm_dist.inference.export import export_run

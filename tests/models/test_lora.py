@@ -11,7 +11,7 @@ import triderm_dist
 from tests.inference.small_run import train
 from tests.inference.small_tower import SMALL_TOWER
 from triderm_dist.config import LoraConfig, ModelConfig, TowerConfig, build
-from triderm_dist.engine.checkpoint import read_weights
+from triderm_dist.engine.network_files import read_weights
 from triderm_dist.models import build_towers
 from triderm_dist.models.lora import add_lora, merged
 from triderm_dist.models.panderm import build_panderm, split_panderm

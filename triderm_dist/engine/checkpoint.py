@@ -1,4 +1,4 @@
-"""Checkpoints that resume bit for bit, and weight files that load without the engine.
+"""Checkpoints that resume bit for bit.
 
 A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written as *.part, flushed to disk and renamed:
 `weights.safetensors` (without frozen parameters), `optimizer.safetensors` (`KEY/PARAMETER`, such as
@@ -9,11 +9,11 @@ names: a checkpoint resumes on another number of ranks and under another strateg
 `distributed/full_state.py`), and every file loads with safetensors only. It holds no random state: order, augmentation
 and dropout are functions of (seed, epoch, lesion).
 
-It is written by a thread from a copy on the host, while the training goes on; the next save waits for it.
+It is written by a thread from a copy on the host, while the training continues; the next save waits for it.
 
 The newest `keep_last` are kept, and none of a finished fold (but with `train.keep_checkpoints`): a training with more
 epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
-selected weights are FOLDER/weights.safetensors. `state.json`, written last, holds the SHA-256 of every file and of
+selected weights are FOLDER/weights.safetensors (`network_files`). `state.json`, written last, holds the SHA-256 of every file and of
 itself. A damaged checkpoint is skipped for the one before it, and written again when the training reaches its step.
 """
 
@@ -22,18 +22,17 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
@@ -49,14 +48,15 @@ from triderm_dist.distributed.full_state import (
     load_optimizer_state,
     participates,
 )
+from triderm_dist.engine.background_writer import BackgroundWriter
 from triderm_dist.engine.ema import WeightAverage
 from triderm_dist.engine.finite import damaged_weight
-from triderm_dist.files import atomic_path, file_sha256, naming_file, write_tensors
+from triderm_dist.engine.network_files import read_tensors, save_weights
+from triderm_dist.files import file_sha256, naming_file, write_tensors
 from triderm_dist.losses import Sums
 from triderm_dist.models.network import finished_weights
 from triderm_dist.schema import CheckpointError
 
-FORMAT, VERSION = "triderm-model", 1
 CHECKPOINT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
 """Those of version 2 hold frozen parameters too."""
@@ -151,7 +151,7 @@ class Checkpoint:
         self.checksums: dict[str, str] = self.record.get("files", {})
         average = ["average.safetensors"] if (folder / "average.safetensors").exists() else []
         for name in self.checksums or ("weights.safetensors", "optimizer.safetensors", *average):
-            _read_tensors(folder / name, header_only=True)
+            read_tensors(folder / name, header_only=True)
 
     def verify(self) -> None:
         """Compare every file with its SHA-256 in state.json. Raises CheckpointError for a damaged one.
@@ -199,7 +199,7 @@ class Checkpoint:
         training.state = self.state
 
     def _tensors(self, name: str) -> Tensors:
-        return _read_tensors(self.folder / f"{name}.safetensors")
+        return read_tensors(self.folder / f"{name}.safetensors")
 
 
 def readable_checkpoints(folder: Path, verbose: bool = False) -> list[Checkpoint]:
@@ -223,37 +223,6 @@ def _is_intact(folder: Path, verbose: bool = False) -> bool:
             print(f"{error}; skipping it", flush=True)
         return False
     return True
-
-
-class BackgroundWriter:
-    """Runs one piece of work at a time on a thread."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self, work: Callable[[], object]) -> None:
-        """Start a piece of work, once the one before is done. Raises as `wait` does."""
-        self.wait()
-
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self._error = error
-
-        # A second Ctrl-C ends the process without it: a file is written whole or not at all.
-        self._thread = threading.Thread(target=run, name="writer", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until the work is done. Raises what it raised."""
-        thread, self._thread = self._thread, None
-        if thread:
-            thread.join()
-        error, self._error = self._error, None
-        if error:
-            raise error
 
 
 class Checkpoints:
@@ -432,108 +401,3 @@ def _flush(folder: Path) -> None:
                 os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
-    """Read a safetensors file; header_only: only check that it is complete. Raises CheckpointError if it is not."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        if not header_only:
-            return load_file(path)
-        with safe_open(path, framework="pt"):
-            return {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable weight file ({error})") from None
-
-
-def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **info: Any) -> str:
-    """Write PATH.safetensors and PATH.json (format, version, sha256 and `info`) and return the sha256."""
-    with atomic_path(path.with_suffix(".safetensors")) as part:
-        digest = write_tensors(part, weights)
-    write_info(path, sha256=digest, **info)
-    return digest
-
-
-def write_info(path: Path, **info: Any) -> None:
-    """Write PATH.json: format, version and `info`."""
-    write_checked_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **info})
-
-
-class _WeightsKeys(BaseModel):
-    sha256: str
-    epoch: int
-
-
-class _ModelKeys(BaseModel):
-    train: dict[str, Any]
-
-
-class _PhotoKeys(BaseModel):
-    canvas: Annotated[list[int], Field(min_length=2, max_length=2)]
-    short_side: int | None
-
-
-class _FoldKeys(BaseModel):
-    identity: str
-    model: _ModelKeys
-    concepts: list[str]
-    weights: str
-    tower: str | None = None
-    photos: _PhotoKeys | None = None
-    refit_of: list[str] = []
-
-
-class _TestKeys(BaseModel):
-    stamp: str
-
-
-_SCHEMAS: dict[str, type[BaseModel]] = {"weights": _WeightsKeys, "fold": _FoldKeys, "test": _TestKeys}
-"""Keys that the JSON files of a trained network have, by name; files of earlier versions lack the optional ones."""
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """Read what `write_info` wrote. Raises CheckpointError if it is missing or of another format."""
-    file = path.with_suffix(".json")
-    try:
-        info = read_checked_json(file, _SCHEMAS.get(path.name))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; train this fold again") from None
-    except DamagedFile as error:
-        raise CheckpointError(f"{file}: {error}; delete {file.parent} and train this fold again") from None
-    if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{file}: not a {FORMAT} file of version {VERSION}; train this fold again")
-    return info
-
-
-def read_weights(path: Path) -> Tensors:
-    """Read PATH.safetensors. Raises CheckpointError where it is damaged: PATH.json has another SHA-256."""
-    file = path.with_suffix(".safetensors")
-    weights = _read_tensors(file)
-    if file_sha256(file) != read_info(path)["sha256"]:
-        raise CheckpointError(
-            f"{file}: changed or damaged: its SHA-256 is not that of {path.name}.json; delete {file.parent} and train "
-            "this fold again"
-        )
-    return weights
-
-
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Load PATH.safetensors into a network of the same architecture.
-
-    Raises CheckpointError that names what differs, also as `read_weights` does.
-    """
-    file, weights, expected = path.with_suffix(".safetensors"), read_weights(path), network.state_dict()
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    other = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
-    if missing or extra or other:
-        differences = [
-            f"{len(names)} {what} ({names[0]}, ...)"
-            for what, names in (("missing", missing), ("unknown", extra), ("of other shape", other))
-            if names
-        ]
-        raise CheckpointError(
-            f"{file}: weights of another architecture: {'; '.join(differences)}; use the settings of their training"
-        )
-    network.load_state_dict(weights)

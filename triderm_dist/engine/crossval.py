@@ -22,7 +22,6 @@ from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch, with_smaller_batches
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
-from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate_hidden
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.extra_towers import open_extra_towers
@@ -45,6 +44,7 @@ from triderm_dist.engine.fold_folder import (
 )
 from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
+from triderm_dist.engine.network_files import load_weights, read_info, write_info
 from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, mean_tokens, open_views
 from triderm_dist.engine.warm_start import fill_network

@@ -16,8 +16,8 @@ from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
-from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.fold import assigned_folds, fold_tower, model_config, new_network, trained_fold
+from triderm_dist.engine.network_files import load_weights
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.losses import HeadKind, probabilities
 from triderm_dist.models import network_class

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 
 from triderm_dist.config import Experiment, ExtraTowerConfig, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.engine.checkpoint import read_weights
 from triderm_dist.engine.init_overlap import WarmStart, open_networks
+from triderm_dist.engine.network_files import read_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fitting_tower, tower_weights
 from triderm_dist.models import network_class

@@ -18,9 +18,9 @@ from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, set_fingerprint
 from triderm_dist.data.synthetic import is_synthetic
-from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import Views
 from triderm_dist.engine.warm_start import extra_identity, init_identity

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
+from triderm_dist.engine.checkpoint import readable_checkpoints
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.files import exclusive_lock, remove_dead_parts
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import CheckpointError

@@ -18,7 +18,6 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import with_smaller_batches
-from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import evaluate_hidden
 from triderm_dist.engine.fold import (
     as_predictions,
@@ -28,6 +27,7 @@ from triderm_dist.engine.fold import (
     new_network,
     trained_fold,
 )
+from triderm_dist.engine.network_files import load_weights, read_info, write_info
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, TEST, predictions_writer

@@ -22,10 +22,10 @@ from triderm_dist.config import EXECUTION, Experiment, TrainConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
 from triderm_dist.engine.fold import assigned_folds, model_config, result_hash, resume_hash
 from triderm_dist.engine.fold_folder import FoldFolder, is_trained, remove_obsolete_checkpoints
+from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import DataError
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from triderm_dist.config import Experiment, ModelConfig
-from triderm_dist.engine.checkpoint import read_info, read_weights
 from triderm_dist.engine.locate import HUB, locate_run
+from triderm_dist.engine.network_files import read_info, read_weights
 from triderm_dist.engine.trained_network import REFIT, TrainedNetwork
 from triderm_dist.models import build_network
 from triderm_dist.models.network import SHARED, Network

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from triderm_dist.config import AugmentConfig, Frame, ModelConfig
 from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
-from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.fold import fold_tower
+from triderm_dist.engine.network_files import load_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import open_tower
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings

@@ -9,8 +9,8 @@ from typing import Any
 
 from triderm_dist.config import CONFIG_FILE, Experiment, Networks, load_run
 from triderm_dist.data.shards.open import is_packed, open_index
-from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.fold import model_config, network_folders
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.artifact import read_task
 from triderm_dist.ensemble.predict import FittedEnsemble
