@@ -13,8 +13,9 @@ It is written by a thread from a copy on the host, while the training continues;
 
 The newest `keep_last` are kept, and none of a finished fold (but with `train.keep_checkpoints`): a training with more
 epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
-selected weights are FOLDER/weights.safetensors (`network_files`). `state.json`, written last, holds the SHA-256 of every file and of
-itself. A damaged checkpoint is skipped for the one before it, and written again when the training reaches its step.
+selected weights are FOLDER/weights.safetensors (`network_files`). `state.json`, written last, holds the SHA-256 of
+every file and of itself. A damaged checkpoint is skipped for the one before it, and written again when the training
+reaches its step.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from triderm_dist import intervals
 from triderm_dist.intervals import Interval
 from triderm_dist.metrics import CALIBRATION_BINS, Reliability
-from triderm_dist.report.calibration import FIT_LESIONS, MOST_PROBABLE
+from triderm_dist.report.calibration import FIT_LESIONS, MOST_PROBABLE, EnsembleCalibration
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
 from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, PLOTS_IN_ROW, WIDE
@@ -20,7 +20,19 @@ MIN_BIN_LESIONS = 5
 
 def calibration(content: Content) -> Section:
     """Return the calibration of the ensemble by target, and of each network."""
-    found = content.calibration
+    of_targets = _of_targets(content.calibration)
+    return Section(
+        "Calibration",
+        "calibration.html",
+        tables=[of_targets, _of_networks(content.calibration)],
+        figures=[_reliability(content)],
+        values={"bins": CALIBRATION_BINS, "first": of_targets.rows[0].name, "comparisons": len(of_targets.rows),
+                "fit_lesions": FIT_LESIONS if len(content.labels) > FIT_LESIONS else 0},
+    )  # fmt: skip
+
+
+def _of_targets(found: EnsembleCalibration) -> Table:
+    """Return the errors and Brier scores of the ensemble by target."""
     columns = [
         Column("error", "calibration error"),
         Column("without", "without"),
@@ -46,7 +58,12 @@ def calibration(content: Content) -> Section:
         )
         for target, beyond in zip(found.targets, distinct, strict=True)
     ]
-    of_networks = [
+    return Table("calibration", "Calibration of the ensemble", columns, rows, "probability of")
+
+
+def _of_networks(found: EnsembleCalibration) -> Table:
+    """Return the errors, Brier scores and log-likelihoods of each network."""
+    columns = [
         Column("error", "calibration error"),
         Column("error_without", "without"),
         Column("brier", "Brier score"),
@@ -56,7 +73,7 @@ def calibration(content: Content) -> Section:
         Column("nll_without", "without"),
         Column("temperature", "temperature"),
     ]
-    networks = [
+    rows = [
         Row(
             each.name,
             (
@@ -72,17 +89,7 @@ def calibration(content: Content) -> Section:
         )
         for each in found.by_network
     ]
-    return Section(
-        "Calibration",
-        "calibration.html",
-        tables=[
-            Table("calibration", "Calibration of the ensemble", columns, rows, "probability of"),
-            Table("calibration_networks", "Calibration of each network", of_networks, networks, "network"),
-        ],
-        figures=[_reliability(content)],
-        values={"bins": CALIBRATION_BINS, "first": rows[0].name, "comparisons": len(rows),
-                "fit_lesions": FIT_LESIONS if len(content.labels) > FIT_LESIONS else 0},
-    )  # fmt: skip
+    return Table("calibration_networks", "Calibration of each network", columns, rows, "network")
 
 
 def _verdict(change: Interval, beyond: bool) -> Flag:

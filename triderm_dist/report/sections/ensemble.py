@@ -37,7 +37,8 @@ def ensemble(content: Content) -> Section:
     figures = [
         *([_weights(content)] if len(fitted.members) > 1 else []),
         *([_importance(content)] if content.importance else []),
-        *(_contributions(content, content.contributions) if content.contributions else []),
+        *([_contributions(content, content.contributions)] if content.contributions else []),
+        *([_contributions_by_diagnosis(content, content.contributions)] if content.contributions else []),
     ]
     return Section(
         "Ensemble",
@@ -130,13 +131,13 @@ def _importance(content: Content) -> Figure:
     return Figure("importance", draw, alt, caption, (MEDIUM, 5.0))
 
 
-def _contributions(content: Content, shap: Contributions) -> list[Figure]:
+def _contributions(content: Content, shap: Contributions) -> Figure:
+    """Return the figure of the strongest pairs of column and diagnosis, a dot per lesion."""
     assert content.stacker is not None
     mean = np.abs(shap.values).mean(axis=0)
     largest = np.argsort(-mean, axis=None, kind="stable")[:TOP_PAIRS]
     pairs = [np.unravel_index(flat, mean.shape) for flat in largest]
     names = [f"{shap.names[column]} → {content.diagnoses[diagnosis]}" for diagnosis, column in pairs]
-    top = np.argsort(-mean.T.sum(axis=1), kind="stable")[:TOP_COLUMNS]
 
     def draw(figure: Any) -> None:
         """Draw a dot per lesion: a column's contribution to the score of a diagnosis, colored by its value."""
@@ -165,7 +166,23 @@ def _contributions(content: Content, shap: Contributions) -> list[Figure]:
         bar.set_label("value of the column", labelpad=-8)
         bar.outline.set_visible(False)
 
-    def draw_by_diagnosis(figure: Any) -> None:
+    return Figure(
+        "shap",
+        draw,
+        "Contributions (SHAP values) of the strongest pairs of column and diagnosis: " + ", ".join(names[:5]) + ".",
+        f"Contributions of columns to the scores of the {content.stacker.model.title} stacker (SHAP values), one "
+        "dot per lesion: right of the line for the diagnosis, left against it. Red: the column’s value is high, "
+        "blue: low, gray: missing.",
+        (MEDIUM, 6.0),
+    )
+
+
+def _contributions_by_diagnosis(content: Content, shap: Contributions) -> Figure:
+    """Return the figure of the mean absolute contribution of each column to each diagnosis."""
+    mean = np.abs(shap.values).mean(axis=0)
+    top = np.argsort(-mean.T.sum(axis=1), kind="stable")[:TOP_COLUMNS]
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         image = axes.pcolormesh(mean.T[top], cmap=SEQUENTIAL, vmin=0)
         axes.invert_yaxis()
@@ -179,21 +196,10 @@ def _contributions(content: Content, shap: Contributions) -> list[Figure]:
         bar.outline.set_visible(False)
 
     strongest = [f"{name}: {shap.names[int(mean[i].argmax())]}" for i, name in enumerate(content.diagnoses)]
-    return [
-        Figure(
-            "shap",
-            draw,
-            "Contributions (SHAP values) of the strongest pairs of column and diagnosis: " + ", ".join(names[:5]) + ".",
-            f"Contributions of columns to the scores of the {content.stacker.model.title} stacker (SHAP values), one "
-            "dot per lesion: right of the line for the diagnosis, left against it. Red: the column’s value is high, "
-            "blue: low, gray: missing.",
-            (MEDIUM, 6.0),
-        ),
-        Figure(
-            "shap_by_diagnosis",
-            draw_by_diagnosis,
-            f"Column with the largest mean absolute contribution to each diagnosis: {', '.join(strongest)}.",
-            "Mean absolute contribution of each column to each diagnosis.",
-            (MEDIUM, 6.4),
-        ),
-    ]
+    return Figure(
+        "shap_by_diagnosis",
+        draw,
+        f"Column with the largest mean absolute contribution to each diagnosis: {', '.join(strongest)}.",
+        "Mean absolute contribution of each column to each diagnosis.",
+        (MEDIUM, 6.4),
+    )
