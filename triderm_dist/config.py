@@ -39,6 +39,8 @@ from triderm_dist.settings import (
 
 MAX_SEED = 2**53
 """Every generator takes this seed, and JSON holds it exactly."""
+MAX_SECONDS = 1e9
+"""Thirty years; what waits overflows somewhere above it."""
 
 
 class RemoteConfig(Section):
@@ -56,9 +58,14 @@ class RemoteConfig(Section):
     )
     downloads: int = Field(8, ge=1, description="parallel downloads per node")
     total_seconds: float = Field(
-        600.0, gt=0, description="seconds for one shard, retries included, before the run ends with an error"
+        600.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="seconds for one shard, retries included, before the run ends with an error",
     )
-    stall_seconds: float = Field(30.0, gt=0, description="seconds without a byte before a download is retried")
+    stall_seconds: float = Field(
+        30.0, gt=0, le=MAX_SECONDS, description="seconds without a byte before a download is retried"
+    )
     allow_commands: bool = Field(
         False,
         description="allow pipe:COMMAND URLs, in which {} is the file name; the commands run on every node, "
@@ -246,7 +253,7 @@ class TowerConfig(Section):
     )
     pretrained: bool = Field(True, description="load pretrained weights; false initializes at random")
     image_size: int | None = Field(
-        None, ge=32, description="side of the input in pixels; null uses the tower's default"
+        None, ge=32, le=2**14, description="side of the input in pixels; null uses the tower's default"
     )
     frame: Frame = Field(
         "square",
@@ -544,15 +551,15 @@ class ModelConfig(Section):
         "dual_cnn): "
         "they get the concatenated mean tokens of all, mlp with principal components of each",
     )
-    width: int = Field(768, ge=8, description="fusion width D")
+    width: int = Field(768, ge=8, le=2**20, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")
-    depth: int = Field(1, ge=1, description="trimodal: number of fusion blocks")
+    depth: int = Field(1, ge=1, le=1000, description="trimodal: number of fusion blocks")
     fusion: tuple[Literal["view_alignment", "semantic_gating"], ...] = Field(
         ("view_alignment", "semantic_gating"),
         min_length=1,
         description="trimodal: stages of a fusion block, always in this order; for ablations",
     )
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the fusion's MLPs as a multiple of D")
+    mlp_ratio: float = Field(4.0, gt=0, le=1000, description="hidden width of the fusion's MLPs as a multiple of D")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in fusion and heads")
     head: Literal["softmax", "sigmoid"] = Field(
         "softmax", description="softmax: one diagnosis per lesion; sigmoid: independent diagnoses"
@@ -568,6 +575,8 @@ class ModelConfig(Section):
     def _heads_divide_width(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio:g} of width {self.width} leaves no hidden unit; raise it")
         if self.tower.cache_frozen_blocks and not self.tower.frozen and self.train.augment.cutmix:
             raise ValueError("cutmix mixes pixels, and with tower.cache_frozen_blocks there are none; use mixup")
         if self.extra_towers and not self.tower.frozen:
@@ -773,6 +782,7 @@ class Experiment(Extensible):
     rank_timeout: float = Field(
         600.0,
         gt=0,
+        le=MAX_SECONDS,
         description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; "
         "raise it where rank 0 checks very large shards (data.verify)",
     )

@@ -76,6 +76,8 @@ NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _MAX_DIGITS, _MAX_INTEGER = 100, 2**63 - 1
+_MAX_NUMBER = 3.4e38
+"""The largest float32, in which networks compute; durations and numbers of steps overflow above it too."""
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=e))(e[-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I)
 
 
@@ -304,7 +306,7 @@ def _unusable(value: Any) -> str | None:
     """Say what makes a value of any setting unusable: numbers that are not finite, texts that are not printable."""
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number is needed"
-    if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+    if isinstance(value, int | float) and abs(value) > (_MAX_INTEGER if isinstance(value, int) else _MAX_NUMBER):
         return "the number is too large"
     if isinstance(value, str) and (character := unsafe_character(value, allowed="\t\n")):
         return f"the text holds {character}"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from triderm_dist.distributed.library_errors import is_out_of_memory
-from triderm_dist.distributed.out_of_memory import next_smaller, with_smaller_batches
+from triderm_dist.distributed.out_of_memory import MicroBatch, next_smaller, with_smaller_batches
 from triderm_dist.schema import ConfigError
 
 
@@ -63,6 +63,15 @@ def test_smaller_micro_batches_stay_multiples_of_a_pair():
     assert next_smaller(12, 12, smallest=2) == 6 and next_smaller(6, 12, smallest=2) == 2
     with pytest.raises(ConfigError, match="micro-batch of 2"):
         next_smaller(2, 12, smallest=2)
+
+
+def test_batch_norm_of_one_value_is_explained(tmp_path):
+    norm, sizes = torch.nn.BatchNorm2d(3), MicroBatch(tmp_path, "hash", 1, 4)
+    with sizes.fits(1):
+        norm(torch.zeros(1, 3, 2, 1))
+    message = r"train\.micro_batch: with 1 a trained batch norm has one value per channel"
+    with pytest.raises(ConfigError, match=message), sizes.fits(1):
+        norm(torch.zeros(1, 3, 1, 1))
 
 
 def test_inference_halves_its_batch_until_it_fits(capsys):

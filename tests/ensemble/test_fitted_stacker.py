@@ -9,7 +9,14 @@ import pytest
 
 from tests.ensemble.conftest import training_rows
 from triderm_dist.config import Section, StackConfig
-from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker, ignored_settings, stacker_kind
+from triderm_dist.ensemble.fitted_stacker import (
+    STACKERS,
+    FittedStacker,
+    Reduction,
+    fit_stacker,
+    ignored_settings,
+    stacker_kind,
+)
 from triderm_dist.ensemble.stack_inputs import base_columns
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.predictions import OofTable
@@ -172,6 +179,7 @@ def test_wide_columns_are_reduced_by_training_rows_only(table: OofTable, tmp_pat
     changed = columns.copy()
     changed[~train, -40:] = 99.0
     assert fit(changed).model == stacker.model
+    Reduction.fit(columns, 40, 12, 2**53)  # the largest seed
     stacker.save(tmp_path / "stack.json", milk10k_task())
     loaded = FittedStacker.load(tmp_path / "stack.json")
     np.testing.assert_array_equal(loaded.predict(columns), stacker.predict(columns))

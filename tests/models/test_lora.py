@@ -97,6 +97,13 @@ def test_targets_and_alpha() -> None:
 
 
 @pytest.mark.slow
+def test_rank_above_that_of_every_matrix_is_refused() -> None:
+    tower = timm_vit()
+    add_lora(tower, LoraConfig(rank=64))
+    with pytest.raises(ConfigError, match=r"tower\.lora\.rank: 65 is above the full rank of every matrix.* at most 64"):
+        add_lora(timm_vit(), LoraConfig(rank=65))
+
+
 def test_less_memory_is_estimated() -> None:
     tower = {"source": "timm:test_vit", "pretrained": False, "image_size": 32, "freeze_clinical": 1}
     settings = ({**tower, "freeze_dermoscopic": 1, **more} for more in ({}, {"lora": {"rank": 2}}))

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triderm_dist.config import Experiment, ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.fold_folder import FoldFolder
@@ -55,7 +55,10 @@ def test_report_lists_disabled_options():
         "tower, clinical: stem and 1 of 6 blocks are frozen (no autograd)", "start resumed at step 7 of 81",
     ):  # fmt: skip
         assert expected in text, expected
-    assert "torch.compile" not in text and "fusion" not in text
+    assert "torch.compile" not in text and "fusion" not in text and "mixup" not in text
+    never = model.train.model_copy(update={"augment": AugmentConfig(mixup=0.4), "epochs": 3})
+    text = " ".join(report(*about[:2], never, *about[3:]).split())
+    assert "mixup and CutMix (train.augment.unmixed_epochs: the last 3 epochs)" in text
     assert report(*about, start=7, brief=True).splitlines() == [
         "tri fold 0",
         "  lesions    3,774 to train, 943 to validate",

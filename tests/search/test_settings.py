@@ -15,6 +15,8 @@ def test_short_names_set_the_section():
     config = load(SearchRun, None, ["space=x.yaml", "trials=3", "seed=7", "search.seed=8", "search.cpus=2"])
     assert (config.search.space, config.search.trials, config.search.seed, config.search.cpus) == ("x.yaml", 3, 8, 2)
     assert config.seed == 7 and isinstance(config.experiment, Experiment)
+    with pytest.raises(ConfigError, match=r"search.seed: input should be less than 4294967296"):
+        load(SearchRun, None, ["search.seed=4294967296"])  # NumPy's limit
     for misspelt in ("search.trails=3", "trails=3"):
         with pytest.raises(ConfigError, match=r"did you mean 'search.trials'"):
             load(SearchRun, None, [misspelt])

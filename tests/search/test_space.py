@@ -37,6 +37,7 @@ from triderm_dist.search.space import (
         ("train.optim.lr: {loguniform: [0, 1e-3]}", "loguniform takes numbers above 0"),
         ("use: {choice: [[clinical]]}", "choice takes scalars"),
         ("train.log_every: {randint: [1, 5]}", "no setting of this space has effect"),
+        ("train.validate_every: {choice: [1, 2]}", "no setting of this space has effect"),
         ("", "a space is a mapping of settings"),
         ("a: [", "not readable as YAML"),
     ],
@@ -143,8 +144,40 @@ def test_keys_without_effect_are_refused_unless_another_key_varies():
 
 
 @pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["train.epochs=3"], ["train.augment.mixup", "train.augment.cutmix"]),
+        ([], ["train.augment.unmixed_epochs"]),
+        ([], ["tower.token_dtype", "train.augment.token_variants"]),
+        (["models.a.kind=dual_cnn"], ["heads", "depth", "fusion", "mlp_ratio"]),
+        (["models.a.use=dermoscopic"], ["tower.freeze_clinical", "train.augment.clinical_dropout"]),
+        (["models.a.use=clinical"], ["tower.freeze_dermoscopic", "train.augment.concept_dropout"]),
+        (["train.loss.soft_f1_weight=0"], ["train.loss.soft_f1_sums"]),
+        ([], ["seeds", "train.validate_every"]),
+    ],
+)
+def test_keys_whose_condition_does_not_hold_have_no_effect(words, keys):
+    model = load(Experiment, None, ["models.a.width=64", *words]).models["a"]
+    assert list(without_effect(model, [*keys, "train.optim.lr"])) == keys
+    wide = ["models.a={width: 64, tower: {frozen: true}}", "train={epochs: 9, augment: {mixup: 0.4}}"]
+    possible = load(Experiment, None, wide).models["a"]
+    frozen, trial = ("tower.freeze_clinical", "tower.freeze_dermoscopic"), ("seeds", "train.validate_every")
+    assert set(without_effect(possible, keys)) == {key for key in keys if key in (*frozen, *trial)}
+
+
+@pytest.mark.parametrize("domain", [Domain("uniform", (0.0, 1.0)), Domain("choice", (0.5, 0))])
+def test_pbt_keeps_the_head_of_finer_labels(domain):
+    model = load(Experiment, None, ["models.a.train.loss.fine_weight=0.5"]).models["a"]
+    check_space({"train.loss.fine_weight": Domain("uniform", (0.1, 1.0))}, model, "space.yaml")
+    with pytest.raises(ConfigError, match=r"fine_weight cannot change .* no head for finer labels"):
+        check_space({"train.loss.fine_weight": domain}, model, "space.yaml")
+
+
+@pytest.mark.parametrize(
     ("key", "message"),
     [
+        ("train.optim.name", "the state of the optimizer"),
+        ("train.optim.settings.amsgrad", "the state of the optimizer"),
         ("train.sampling.power", "the number of steps per epoch"),
         ("train.optim.warmup_epochs", "warm-up is over"),
         ("train.augment.rotation", "each change would compute what is cached"),

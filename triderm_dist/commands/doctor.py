@@ -14,7 +14,7 @@ from pydantic import Field
 
 from triderm_dist.cli import BAD_INPUT, print_error, run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import Experiment
+from triderm_dist.config import MAX_SECONDS, Experiment
 from triderm_dist.schema import InputError
 from triderm_dist.settings import PathText
 
@@ -37,7 +37,10 @@ class DoctorRun(Experiment):
         None, gt=0, description="GiB of the GPU to plan for; null takes the smallest of this host"
     )
     answer_seconds: float = Field(
-        30.0, gt=0, description="on several ranks: seconds within which each must answer and the all-reduce must end"
+        30.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="on several ranks: seconds within which each must answer and the all-reduce must end",
     )
 
     @property

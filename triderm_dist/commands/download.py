@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
+from triderm_dist.config import MAX_SECONDS
 from triderm_dist.settings import PathText, Section
 
 
@@ -29,7 +30,7 @@ class DownloadConfig(Section):
     max_gb: float = Field(20.0, gt=0, description="largest allowed size of an unpacked archive in GB")
     keep_zip: bool = Field(False, description="keep an archive after unpacking it")
     attempts: int = Field(5, ge=1, description="failed attempts in a row without a new byte before giving up")
-    timeout: float = Field(30.0, gt=0, description="seconds without a byte that end an attempt")
+    timeout: float = Field(30.0, gt=0, le=MAX_SECONDS, description="seconds without a byte that end an attempt")
 
 
 def main(config: DownloadConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible, RemoteConfig, Threads
+from triderm_dist.config import MAX_SEED, Extensible, RemoteConfig, Threads
 from triderm_dist.schema import DataError
 from triderm_dist.settings import PathText
 
@@ -17,7 +17,7 @@ from triderm_dist.settings import PathText
 class VerifyConfig(Extensible):
     folder: PathText = Field(description="folder of shards, or its URL, of which every shard is fetched")
     folds: int = Field(5, ge=2, description="number of folds that must be possible")
-    fold_seed: int = Field(0, description="seed of the fold assignment")
+    fold_seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the fold assignment")
     workers: Threads = None
 
 

@@ -74,13 +74,21 @@ class MicroBatch:
         """Run an attempt with micro-batches of `size` in the block.
 
         If it runs out of memory, a smaller size is written, and the attempt ends as failed (one process) or this
-        process is restarted (several). Raises ConfigError if a single lesion does not fit.
+        process is restarted (several). Raises ConfigError if a single lesion does not fit, or is too few for a batch
+        norm.
         """
         done, attempt = threading.Event(), Attempt()
         if world_size() > 1:
             threading.Thread(target=self._watch, args=(size, done), daemon=True).start()
         try:
             yield attempt
+        except ValueError as error:
+            if _ONE_VALUE not in str(error):
+                raise
+            raise ConfigError(
+                f"train.micro_batch: with {size} a trained batch norm has one value per channel, and nothing to "
+                "normalize; raise it or tower.image_size, or freeze these blocks"
+            ) from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 if self.size() < size:  # another rank ran out of memory and has left the collective
@@ -102,6 +110,8 @@ class MicroBatch:
                 restart()
 
 
+_ONE_VALUE = "more than 1 value per channel"
+"""Part of PyTorch's message for batch norms in training."""
 T = TypeVar("T")
 
 

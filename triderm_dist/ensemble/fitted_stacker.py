@@ -82,7 +82,7 @@ class Reduction:
         from sklearn.decomposition import PCA
 
         block = columns[:, -wide:]
-        pca = PCA(min(components, *block.shape), svd_solver="randomized", random_state=seed).fit(block)
+        pca = PCA(min(components, *block.shape), svd_solver="randomized", random_state=seed % 2**32).fit(block)
         return Reduction(pca.mean_.astype(np.float32), np.ascontiguousarray(pca.components_, np.float32))
 
     def __call__(self, columns: np.ndarray) -> np.ndarray:

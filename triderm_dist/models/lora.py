@@ -48,7 +48,7 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def add_lora(tower: Tower, config: LoraConfig) -> None:
     """Freeze all weights of a tower, and add trained products to the matrices of its blocks that are not frozen.
 
-    Raises ConfigError where these blocks have no matrix among `config.targets`.
+    Raises ConfigError where these blocks have no matrix among `config.targets`, or all are of a lower rank.
     """
     places = [
         (module, name)
@@ -60,6 +60,11 @@ def add_lora(tower: Tower, config: LoraConfig) -> None:
     if not places:
         raise ConfigError(
             f"tower.lora: {tower.architecture} has no {' or '.join(config.targets)} layer in a block that is not frozen"
+        )
+    largest = max(min(getattr(module, name).shape) for module, name in places)
+    if config.rank > largest:
+        raise ConfigError(
+            f"tower.lora.rank: {config.rank} is above the full rank of every matrix; write at most {largest}"
         )
     tower.requires_grad_(False)
     for module, name in places:

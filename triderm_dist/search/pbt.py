@@ -37,13 +37,17 @@ def check_search(run: SearchRun) -> None:
 def check_space(space: Space, model: ModelConfig, where: str) -> None:
     """Raise ConfigError, with the reason, for a setting that cannot change during a training."""
     cached = tuple(f"train.augment.{name}" for name in [*AugmentConfig.pixel_keys(), "token_variants"])
-    for key in space:
+    for key, domain in space.items():
         if key.startswith("train.sampling."):
             reason = "it decides the number of steps per epoch"
         elif key == "train.optim.warmup_epochs":
             reason = "the warm-up is over when settings first change"
         elif is_within(key, cached) and model.tower.cached:
             reason = "each change would compute what is cached of the tower again"
+        elif key == "train.loss.fine_weight" and 0 in domain:
+            reason = "with a weight of 0 the network has no head for finer labels"
+        elif is_within(key, ("train.optim.name", "train.optim.settings")):
+            reason = "the state of the optimizer depends on it"
         elif key == "dropout" or key.startswith(("train.loss.", "train.optim.", "train.augment.")):
             continue
         else:

@@ -52,7 +52,9 @@ class SearchConfig(Section):
         description="number of other seeds that the best trial and the baseline are trained with after the search, to "
         "estimate how much of the gain is noise",
     )
-    seed: int = Field(0, ge=0, description="seed of the searcher; all trials train with the experiment's seed")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of the searcher; all trials train with the experiment's seed"
+    )
     resume: bool = Field(False, description="resume the search in OUTPUT")
     address: str | None = Field(
         None,

@@ -206,6 +206,54 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             "a frozen tower or cache_frozen_blocks with token_variants 0 uses unaugmented photos only",
         ),
         (
+            not model.tower.cached,
+            ("tower.frozen", "tower.cache_frozen_blocks"),
+            ("tower.token_dtype", "train.augment.token_variants"),
+            "nothing of the tower is cached",
+        ),
+        (
+            model.kind in ("dual_cnn", "mlp"),
+            ("kind",),
+            ("heads", "depth", "fusion", "mlp_ratio"),
+            f"a network of kind {model.kind} has no such part",
+        ),
+        (
+            "clinical" not in model.use,
+            ("use",),
+            ("tower.freeze_clinical", "train.augment.clinical_dropout", "train.augment.clinical_strength"),
+            "the network does not use the clinical view",
+        ),
+        (
+            "dermoscopic" not in model.use,
+            ("use",),
+            ("tower.freeze_dermoscopic", "train.augment.dermoscopic_dropout"),
+            "the network does not use the dermoscopic view",
+        ),
+        (
+            "concepts" not in model.use,
+            ("use",),
+            ("train.augment.concept_dropout",),
+            "the network does not use concepts",
+        ),
+        (
+            not train.augment.mixes,
+            ("train.augment.mixup", "train.augment.cutmix"),
+            ("train.augment.unmixed_epochs",),
+            "train.augment.mixup and cutmix are 0",
+        ),
+        (
+            train.augment.unmixed_epochs >= train.epochs,
+            ("train.augment.unmixed_epochs",),
+            ("train.augment.mixup", "train.augment.cutmix"),
+            f"train.augment.unmixed_epochs leaves none of {train.epochs} epochs with mixed lesions",
+        ),
+        (
+            not train.loss.soft_f1_weight and not train.loss.terms,
+            ("train.loss.soft_f1_weight", "train.loss.terms"),
+            ("train.loss.soft_f1_sums",),
+            "train.loss.soft_f1_weight is 0",
+        ),
+        (
             train.sampling.kind != "balanced",
             ("train.sampling.kind",),
             ("train.sampling.threshold", "train.sampling.power"),
@@ -223,8 +271,8 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         (
             True,
             (),
-            tuple(f"train.{name}" for name in COSMETIC),
-            "it changes no result",
+            ("seeds", *(f"train.{name}" for name in (*COSMETIC, "validate_every"))),
+            "it changes no result of a trial",
         ),
     ]  # fmt: skip
     return {
