@@ -13,7 +13,7 @@ from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.search.space import (
     with_settings,
 )
-from triderm_dist.search.trial import Trial, _Curve, read_trial, read_trials, run_trial
+from triderm_dist.search.trial import Trial, _Curve, _own_experiment, read_trial, read_trials, run_trial
 
 
 def test_curve_is_the_mean_over_folds_of_the_best_epoch():
@@ -34,6 +34,13 @@ def test_invalid_trial_record_gives_one_line(tmp_path):
     (tmp_path / "trial-001" / "trial.json").write_text('{"nummer": 1}')
     with pytest.raises(DataError, match=r"trial.json: not the record of a trial"):
         read_trials(tmp_path)
+
+
+def test_trial_has_the_sets_and_tokens_of_the_experiment(tmp_path):
+    experiment = load(Experiment, None, [f"output={tmp_path / 'run'}"])
+    own = _own_experiment(Trial(2, {}), experiment, "trimodal", tmp_path / "run" / "search" / "trial-002")
+    for name in ("train_shards", "test_shards", "token_folder"):
+        assert getattr(own, name) == getattr(experiment, name)
 
 
 def test_trial_reports_every_epoch_and_resumes_after_a_kill(tiny, tmp_path):

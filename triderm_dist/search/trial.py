@@ -180,7 +180,8 @@ def _own_experiment(trial: Trial, experiment: Experiment, model: str, folder: Pa
     # A trial resumes from its last checkpoint, so that one is enough; another may continue from that of a complete one.
     kept = {"train.keep_last": 1, "train.keep_checkpoints": True, "train.save_every_seconds": None}
     own = with_settings(experiment, model, {**trial.settings, **kept, "train.validate_every": 1})
-    data = own.data.model_copy(update={"shards": experiment.train_shards})
+    # Extra sets leave out photos of the test set, as in a training outside of the search.
+    data = own.data.model_copy(update={"shards": experiment.train_shards, "test_shards": experiment.test_shards})
     changes = {"output": str(folder), "data": data, "tokens": str(experiment.token_folder)}
     if trial.seed:  # the tokens of a frozen tower are shared by all trials
         changes |= {"seed": experiment.seed + trial.seed, "token_seed": experiment.seed_of_tokens}
