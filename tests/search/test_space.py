@@ -36,6 +36,7 @@ from triderm_dist.search.space import (
         ("train.loss.gamma: 3", "write one of uniform"),
         ("train.optim.lr: {loguniform: [0, 1e-3]}", "loguniform takes numbers above 0"),
         ("use: {choice: [[clinical]]}", "choice takes scalars"),
+        ("train.loss.gamma: {choice: [2.0, 2.0]}", r"effect here \(.*gamma is left out: its only value is .* own, 2.0"),
         ("train.log_every: {randint: [1, 5]}", "no setting of this space has effect"),
         ("train.validate_every: {choice: [1, 2]}", "no setting of this space has effect"),
         ("", "a space is a mapping of settings"),

@@ -158,8 +158,6 @@ def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> t
     unused = without_effect(config, space)
     notes += [f"{key} is left out: {reason}" for key, reason in unused.items()]
     fitted = {key: domain for key, domain in space.items() if key not in unused}
-    if not fitted:
-        raise ConfigError(f"{where}: no setting of this space has effect here ({'; '.join(notes)})")
     for key, own in own_settings(config, fitted).items():
         if own not in fitted[key]:
             try:
@@ -167,6 +165,11 @@ def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> t
             except ConfigError as error:
                 raise ConfigError(f"{where}: {key}: {error}") from None
             notes.append(f"{key} is widened to the experiment's own value {own}")
+        elif fitted[key].values == (own,):
+            del fitted[key]
+            notes.append(f"{key} is left out: its only value is the experiment's own, {own}")
+    if not fitted:
+        raise ConfigError(f"{where}: no setting of this space has effect here ({'; '.join(notes)})")
     if config.tower.cached and any(key.startswith(("tower.", "train.augment.")) for key in fitted):
         notes.append("tower and augment settings change what is cached of the tower: each trial computes it again")
     return fitted, notes
