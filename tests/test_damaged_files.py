@@ -39,7 +39,8 @@ from triderm_dist.ensemble.run_list import find_runs
 from triderm_dist.files import write_json
 from triderm_dist.inference.export import export_run
 from triderm_dist.inference.run_folder import open_run_folder
-from triderm_dist.report.content import Content, extra_sets
+from triderm_dist.report.content import Content
+from triderm_dist.report.extra_sets import extra_sets
 from triderm_dist.schema import DataError, InputError
 from triderm_dist.search.trial import Trial, read_trial
 

@@ -25,7 +25,7 @@ from triderm_dist.models import build_network
 from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.predictions import read_predictions, write_predictions
-from triderm_dist.report.content import slice_masks
+from triderm_dist.report.slices import slice_masks
 from triderm_dist.schema import ConfigError, MetadataField, one_line
 from triderm_dist.tasks import milk10k_task
 

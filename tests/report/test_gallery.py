@@ -29,8 +29,8 @@ def run(trained_run: TrainedRun) -> Path:
 
 def test_lesions_are_shown_with_their_photos_without_metadata(run: Path) -> None:
     content = Content(run)
-    gallery = gallery_of(content, content.hardest)
-    assert [each.lesion for each in gallery.lesions] == content.hardest and not gallery.why
+    gallery = gallery_of(content, content.lesion_lists.hardest)
+    assert [each.lesion for each in gallery.lesions] == content.lesion_lists.hardest and not gallery.why
     for each in gallery.lesions:
         assert [photo.view for photo in each.photos] == ["close-up", "dermoscopy"]
         for photo in each.photos:
@@ -45,7 +45,7 @@ def test_best_and_median_lesions_of_each_diagnosis(run: Path) -> None:
     share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
     of_label = share[np.arange(len(content.labels)), content.labels]
     for label, name in enumerate(content.diagnoses):
-        own = [lesion for lesion in content.typical if lesion.label == name]
+        own = [lesion for lesion in content.lesion_lists.typical if lesion.label == name]
         values = np.sort(of_label[content.labels == label])[::-1]
         assert [lesion.label_probability for lesion in own] == pytest.approx([values[0], values[len(values) // 2]])
 
@@ -53,7 +53,7 @@ def test_best_and_median_lesions_of_each_diagnosis(run: Path) -> None:
 def test_photos_are_shown_with_the_attention_of_the_model_of_their_fold(run: Path, tmp_path: Path) -> None:
     experiment = load_run(ReportRun, run).experiment
     content = Content(run, attend=partial(out_of_fold_attention, experiment))
-    gallery = gallery_of(content, content.typical)
+    gallery = gallery_of(content, content.lesion_lists.typical)
     assert gallery.shows_attention and not gallery.why_unattended
     ids = [each.lesion.lesion_id for each in gallery.lesions]
     expected = {maps.lesion_id: maps.attention for _, _, maps in attention_maps(experiment, ids)}

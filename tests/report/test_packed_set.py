@@ -16,8 +16,9 @@ from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.environment import record_data
 from triderm_dist.predictions import read_oof
-from triderm_dist.report.content import PHOTOS, Content
+from triderm_dist.report.content import Content
 from triderm_dist.report.page import sections_of
+from triderm_dist.report.slices import PHOTOS
 from triderm_dist.schema import Lesion
 from triderm_dist.tasks import milk10k_task
 

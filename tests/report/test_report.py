@@ -17,11 +17,12 @@ from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
-from triderm_dist.report.content import GROUP, MIN_COMMON_LESIONS, Content
+from triderm_dist.report.content import MIN_COMMON_LESIONS, Content
 from triderm_dist.report.elements import Figure, Share
 from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
 from triderm_dist.report.sections.malignancy import malignancy
+from triderm_dist.report.slices import GROUP
 from triderm_dist.schema import DIAGNOSES, DataError, Task
 
 
@@ -100,7 +101,7 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
         assert content.confusion[row, -1] == (own.sum(axis=1) == 0).sum()
     share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
     least = np.sort(share[np.arange(len(labels)), labels])[:20]
-    np.testing.assert_allclose([lesion.label_probability for lesion in content.hardest], least)
+    np.testing.assert_allclose([lesion.label_probability for lesion in content.lesion_lists.hardest], least)
 
 
 def test_groups_are_numbered_in_the_order_of_their_names(run: Path) -> None:
@@ -214,7 +215,7 @@ def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
     labels[confident] = DIAGNOSES.index("MEL")
     probabilities[confident] = 0.9 * np.eye(len(DIAGNOSES))[8] + 0.01
     content.rows = replace(content.rows, labels=labels, probabilities=probabilities)
-    found = content.mislabeled
+    found = content.lesion_lists.mislabeled
     assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[confident])
     assert all((lesion.label, lesion.alternative, lesion.agree) == ("MEL", "NV", 2) for lesion in found[:6])
     assert len(found) < len(content.labels) / 4

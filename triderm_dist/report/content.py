@@ -6,16 +6,13 @@ Shapes: N lesions, C diagnoses, F columns of the stacker.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from triderm_dist import intervals, metrics
-from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE, Experiment, load_run, read_yaml
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.open import has_tars
@@ -24,7 +21,6 @@ from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_ta
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_task, check_weights
 from triderm_dist.ensemble.run_files import (
-    ALIGNMENTS_FILE,
     ENSEMBLE,
     ENSEMBLE_FILE,
     NESTED_FILE,
@@ -35,24 +31,22 @@ from triderm_dist.ensemble.run_files import (
     read_nested,
 )
 from triderm_dist.ensemble.score_table import Row
-from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import OofFile, read_predictions
 from triderm_dist.report.calibration import EnsembleCalibration
 from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
+from triderm_dist.report.contributions import Contributions, column_importance, find_contributions
 from triderm_dist.report.discrimination import Discrimination
-from triderm_dist.report.label_errors import LabelErrors, find_label_errors
 from triderm_dist.report.learning_curve import LearningCurve, read_learning_curve
+from triderm_dist.report.lesion_lists import LesionLists
+from triderm_dist.report.missing_inputs import MissingInput, score_missing_inputs
 from triderm_dist.report.provenance import Provenance
-from triderm_dist.report.slices import ScoredLesions, SliceScore, score_slices, slice_masks
+from triderm_dist.report.slices import ScoredLesions, SliceScore, all_slice_masks, score_slices
 from triderm_dist.runtime.redact import redact
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, InputError
+from triderm_dist.schema import UNLABELED, DataError, InputError
 from triderm_dist.settings import NULL, parse_yaml, untyped
-
-GROUP = "lesions in a group"
-"""In the place of a field's name (which has no space): whether a lesion's group, such as a patient, has others."""
 
 MIN_COMMON_LESIONS = 20
 """A diagnosis with fewer lesions is left out of the macro F1 of common diagnoses."""
@@ -60,60 +54,8 @@ MIN_COMMON_LESIONS = 20
 TEST_SET_LESIONS = 479
 """The size of test set whose spread is shown where no test set was scored: that of the MILK10k challenge."""
 
-PHOTOS, CONCEPTS = "photos of a lesion", "concepts of a lesion"
-"""In the place of a field's name: which photos a lesion has, and whether concept scores are missing."""
-
-PICTURED_LESIONS = 12
-"""Lesions of a list whose photos are shown, at most."""
-HARDEST_LESIONS = 20
-TYPICAL_DIAGNOSES = 12
-"""Diagnoses of which the best and the median lesion are shown, at most."""
-MISLABELED_LESIONS = 30
-"""Lesions in the list of probable label errors, at most."""
-CONTRIBUTION_LESIONS = 1000
-"""Largest number of lesions for which contributions of the stacker's columns are computed."""
-
 Attend = Callable[[Sequence[str]], Mapping[str, AttentionMaps]]
 """Returns the attention maps of lesions of the training set by id, each of a network that was not trained on it."""
-
-
-@dataclass(frozen=True)
-class MissingInput:
-    """Argmax macro F1 of a network with one input hidden.  difference: minus with all inputs.
-
-    name: a view, `concepts` or `metadata`.
-    """
-
-    model: str
-    name: str
-    macro_f1: float
-    difference: intervals.Interval
-
-
-@dataclass(frozen=True)
-class DoubtfulLesion:
-    """A lesion whose label the ensemble finds improbable.
-
-    alternative: a more probable diagnosis.  predicted: the decisions, comma-separated.  agree: how many networks find
-    the alternative most probable. Probabilities are shares of the lesion's sum.
-    """
-
-    lesion_id: str
-    label: str
-    alternative: str
-    label_probability: float
-    alternative_probability: float
-    predicted: str
-    agree: int
-
-
-@dataclass(frozen=True)
-class Contributions:
-    """Contributions of the stacker's columns to its scores: values (N, C, F), columns (N, F), and their F names."""
-
-    values: np.ndarray
-    columns: np.ndarray
-    names: tuple[str, ...]
 
 
 class Content:
@@ -307,30 +249,14 @@ class Content:
     @cached_property
     def importance(self) -> tuple[str, dict[str, float]] | None:
         """(name of the measure, share by column, largest first) of the stacker's columns."""
-        if self.stacker is None:
-            return None
-        if importance := self.stacker.model.importance():
-            measure, values = importance
-        elif self.contributions:
-            mean = np.abs(self.contributions.values).mean(axis=(0, 1))
-            measure, values = "mean absolute contribution", dict(zip(self.contributions.names, mean, strict=True))
-        else:
-            return None
-        total = sum(values.values()) or 1.0
-        return measure, {name: value / total for name, value in sorted(values.items(), key=lambda item: -item[1])}
+        return column_importance(self.stacker, self.contributions) if self.stacker else None
 
     @cached_property
     def contributions(self) -> Contributions | None:
         """Contributions of the stacker's columns on some of the lesions; None if it has none."""
         if self.stacker is None:
             return None
-        rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:CONTRIBUTION_LESIONS])
-        features = (self.folder / ALIGNMENTS_FILE).exists()
-        table = self._oof.table(features, self.table.lesion_ids[rows].tolist())
-        given = stacker_columns(self.folder, self.stacker.extra, table, self.networks)
-        columns = self.stacker.reduce(given)
-        values = self.stacker.model.contributions(columns)
-        return None if values is None else Contributions(values, columns, self.stacker.feature_names)
+        return find_contributions(self.stacker, self.folder, self._oof, self.table.lesion_ids, self.networks)
 
     @cached_property
     def malignant(self) -> np.ndarray:
@@ -342,22 +268,14 @@ class Content:
         """Scores of the lesions with each value of each field, of `PHOTOS`, of `CONCEPTS` and of `GROUP`."""
         rows = self.rows
         lesions = ScoredLesions(rows.probabilities, rows.labels, rows.decisions, self.groups, self.malignant)
-        return score_slices(lesions, self._slice_masks())
+        table = self.table
+        masks = all_slice_masks(self.task, table.metadata, table.concepts, self.groups, self.photos)
+        return score_slices(lesions, masks)
 
     @cached_property
     def missing_inputs(self) -> list[MissingInput]:
         """The scores of each network without each of its inputs, where it was predicted so."""
-        result = []
-        for model in self.networks:
-            full = metrics.argmax_decisions(self.table.logits[model])
-            for name in (*VIEWS, "concepts", "metadata"):
-                logits = self._logits_without(model, name)
-                if np.isnan(logits).any():
-                    continue
-                decisions = metrics.argmax_decisions(logits)
-                difference = intervals.paired_difference(decisions, full, self.labels, self.groups, self.resamples)
-                result.append(MissingInput(model, name, metrics.macro_f1(decisions, self.labels), difference))
-        return result
+        return score_missing_inputs(self.folder, self.table, self.networks, self.labels, self.groups, self.resamples)
 
     @cached_property
     def experiment(self) -> Experiment | None:
@@ -452,48 +370,10 @@ class Content:
         return index if recorded in (None, index.fingerprint) else None
 
     @cached_property
-    def hardest(self) -> list[DoubtfulLesion]:
-        """The lesions whose label has the smallest probability."""
-        of_label = self._shares[np.arange(len(self.labels)), self.labels]
-        order = np.argsort(of_label, kind="stable")[:HARDEST_LESIONS]
-        return [self._doubtful(row, int(self._shares[row].argmax())) for row in order]
-
-    @cached_property
-    def label_errors(self) -> LabelErrors:
-        """What confident learning finds in the probabilities of the ensemble."""
-        return find_label_errors(self._shares, self.labels)
-
-    @cached_property
-    def agreed_errors(self) -> np.ndarray:
-        """(n,) bool: of which suspects of `label_errors` every network finds the alternative most probable."""
-        suspects, alternatives = self.label_errors.suspects, self.label_errors.alternatives
-        agree = np.ones(len(suspects), bool)
-        for name in self.networks:
-            agree &= self.table.logits[name][suspects].argmax(axis=1) == alternatives
-        return agree
-
-    @cached_property
-    def mislabeled(self) -> list[DoubtfulLesion]:
-        """The suspects of `label_errors` whose alternative every network finds most probable, at most
-        `MISLABELED_LESIONS`.
-        """
-        found, agreed = self.label_errors, np.flatnonzero(self.agreed_errors)[:MISLABELED_LESIONS]
-        return [self._doubtful(int(found.suspects[each]), int(found.alternatives[each])) for each in agreed]
-
-    @cached_property
-    def typical(self) -> list[DoubtfulLesion]:
-        """Of each of the `TYPICAL_DIAGNOSES` most frequent diagnoses, the lesion whose label has the largest
-        probability, and the one with the median probability.
-        """
-        of_label, lesions = self._shares[np.arange(len(self.labels)), self.labels], np.bincount(self.labels)
-        result = []
-        for label in np.sort(np.argsort(-lesions, kind="stable")[:TYPICAL_DIAGNOSES]):
-            rows = np.flatnonzero(self.labels == label)
-            if len(rows):
-                ordered = rows[np.argsort(-of_label[rows], kind="stable")]
-                chosen = dict.fromkeys([ordered[0], ordered[len(rows) // 2]])
-                result += [self._doubtful(int(row), int(self._shares[row].argmax())) for row in chosen]
-        return result
+    def lesion_lists(self) -> LesionLists:
+        """The hardest, the probably mislabeled and the typical lesions."""
+        logits = [self.table.logits[name] for name in self.networks]
+        return LesionLists(self.rows, logits, self.diagnoses)
 
     @cached_property
     def attention(self) -> Mapping[str, AttentionMaps]:
@@ -501,81 +381,5 @@ class Content:
 
         Raises InputError or OSError where they cannot be computed.
         """
-        lists = (self.hardest[:PICTURED_LESIONS], self.mislabeled[:PICTURED_LESIONS], self.typical)
-        ids = dict.fromkeys(lesion.lesion_id for lesions in lists for lesion in lesions)
+        ids = dict.fromkeys(lesion.lesion_id for lesion in self.lesion_lists.pictured)
         return self._attend(list(ids)) if self._attend else {}
-
-    @cached_property
-    def _shares(self) -> np.ndarray:
-        """(N, C) probabilities of the ensemble, divided by their sum."""
-        return metrics.shares(self.rows.probabilities)
-
-    def _logits_without(self, model: str, name: str) -> np.ndarray:
-        """Read (N, C) logits of a network with an input hidden, by the weights of the table; NaN without any."""
-        logits = np.full_like(self.table.logits[model], np.nan)
-        for path in sorted((self.folder / model).glob(f"fold-*/without_{name}.parquet")):
-            part = read_predictions(path, features=False)
-            rows = np.array([self._row_of.get(lesion, -1) for lesion in part.lesion_ids], np.int64)
-            used = (rows >= 0) & (part.model_hash == self.table.hashes[model][rows])
-            logits[rows[used]] = part.logits[used]
-        return logits
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
-
-    def _doubtful(self, row: int, alternative: int) -> DoubtfulLesion:
-        predicted = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
-        return DoubtfulLesion(
-            lesion_id=str(self.rows.lesion_ids[row]),
-            label=self.diagnoses[self.labels[row]],
-            alternative=self.diagnoses[alternative],
-            label_probability=float(self._shares[row, self.labels[row]]),
-            alternative_probability=float(self._shares[row, alternative]),
-            predicted=", ".join(predicted) or "nothing",
-            agree=sum(int(self.table.logits[name][row].argmax()) == alternative for name in self.networks),
-        )
-
-    def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
-        """Return by metadata field the lesions (N,) bool of each value: ordinal fields first, numbers last.
-
-        `PHOTOS`, `CONCEPTS` and `GROUP` follow, where lesions differ in them.
-        """
-        values = dict(zip(self.task.field_names, self.table.metadata.T, strict=True))
-        fields = sorted(self.task.fields, key=lambda field: ("ordinal", "category", "number").index(field.kind))
-        masks = {field.name: slice_masks(field, values[field.name]) for field in fields}
-        if self.photos is not None and not self.photos.all():
-            has = {view.label: self.photos[:, VIEWS.index(view.name)] for view in self.task.views}
-            masks[PHOTOS] = {f"without {title} photo": ~present for title, present in has.items()}
-        missing = np.isnan(self.table.concepts).any(axis=1)
-        if missing.any():
-            masks[CONCEPTS] = {"complete": ~missing, "some missing": missing}
-        sizes = np.bincount(self.groups)
-        if sizes.max() > 1:
-            single = sizes[self.groups] == 1
-            masks[GROUP] = {"one": single, "several": ~single}
-        return masks
-
-
-class _ExtraSet(BaseModel):
-    task: str
-    lesions: int
-    weight: float
-
-
-class _ExtraKeys(BaseModel):
-    extra: list[_ExtraSet] = []
-
-
-def extra_sets(folder: Path, networks: Sequence[str]) -> list[str]:
-    """Name the extra sets whose lesions joined the training of a run's networks, as their fold.json record them."""
-    found: dict[str, None] = {}
-    for name in networks:
-        for path in sorted((folder / name).glob("fold-*/fold.json")):
-            try:
-                record = read_checked_json(path, _ExtraKeys)
-            except DamagedFile as error:
-                raise DataError(f"{path}: {error}; delete {path.parent} and run triderm crossval again") from None
-            for each in record.get("extra", []):
-                found[f"{each['task']} ({each['lesions']:,} lesions, weight {each['weight']:g})"] = None
-    return list(found)

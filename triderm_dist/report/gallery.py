@@ -12,7 +12,8 @@ import numpy as np
 
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
 from triderm_dist.report.attention import overlay
-from triderm_dist.report.content import Content, DoubtfulLesion
+from triderm_dist.report.content import Content
+from triderm_dist.report.lesion_lists import DoubtfulLesion
 from triderm_dist.schema import VIEWS, InputError
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ import numpy as np
 
 from triderm_dist import intervals, metrics
 from triderm_dist.intervals import Interval
-from triderm_dist.schema import MetadataField
+from triderm_dist.intervals.interval import NORMAL
+from triderm_dist.schema import VIEWS, MetadataField, Task
 
 MIN_SLICE_LESIONS = 100
 """A slice with fewer lesions, inside or outside, gets no verdict."""
@@ -32,7 +33,6 @@ LEVEL = 0.05
 """A gap with a smaller adjusted p-value is beyond the noise."""
 
 ADDED_LESIONS = 4
-_NORMAL = 1.959963984540054
 
 BEYOND = "beyond the noise"
 WITHIN = "within the noise"
@@ -48,6 +48,11 @@ SCORES: dict[str, str] = {
     "overconfidence": "overconfidence",
 }
 """The scores of a slice by name. Overconfidence: mean largest probability minus accuracy of that diagnosis."""
+
+GROUP = "lesions in a group"
+"""In the place of a field's name (which has no space): whether a lesion's group, such as a patient, has others."""
+PHOTOS, CONCEPTS = "photos of a lesion", "concepts of a lesion"
+"""In the place of a field's name: which photos a lesion has, and whether concept scores are missing."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,30 @@ def score_slices(lesions: ScoredLesions, slices: Mapping[str, Mapping[str, np.nd
     adjusted = intervals.holm(np.array([rows[same[0]].p for same in judged.values()]))
     values = {row: value for same, value in zip(judged.values(), adjusted, strict=True) for row in same}
     return [_with(each, values.get(row, np.nan)) for row, each in enumerate(rows)]
+
+
+def all_slice_masks(
+    task: Task, metadata: np.ndarray, concepts: np.ndarray, groups: np.ndarray, photos: np.ndarray | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return by metadata field the lesions (N,) bool of each value: ordinal fields first, numbers last.
+
+    `PHOTOS`, `CONCEPTS` and `GROUP` follow, where lesions differ in them. metadata: (N, M).  concepts: (N, K).
+    groups: (N,) numbers.  photos: (N, 2) bool, whether a lesion has each of `VIEWS`; None if that is not known.
+    """
+    values = dict(zip(task.field_names, metadata.T, strict=True))
+    fields = sorted(task.fields, key=lambda field: ("ordinal", "category", "number").index(field.kind))
+    masks = {field.name: slice_masks(field, values[field.name]) for field in fields}
+    if photos is not None and not photos.all():
+        has = {view.label: photos[:, VIEWS.index(view.name)] for view in task.views}
+        masks[PHOTOS] = {f"without {title} photo": ~present for title, present in has.items()}
+    missing = np.isnan(concepts).any(axis=1)
+    if missing.any():
+        masks[CONCEPTS] = {"complete": ~missing, "some missing": missing}
+    sizes = np.bincount(groups)
+    if sizes.max() > 1:
+        single = sizes[groups] == 1
+        masks[GROUP] = {"one": single, "several": ~single}
+    return masks
 
 
 def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -206,7 +235,7 @@ class _Scores:
         gap = one.value - two.value
         below = float(np.hypot(one.value - one.low, two.high - two.value))
         above = float(np.hypot(one.high - one.value, two.value - two.low))
-        return one, Interval(gap, gap - below, gap + above), _p_value(gap, (below if gap > 0 else above) / _NORMAL)
+        return one, Interval(gap, gap - below, gap + above), _p_value(gap, (below if gap > 0 else above) / NORMAL)
 
     def _gap(
         self, mask: np.ndarray, used: np.ndarray, strata: np.ndarray, values: np.ndarray, low: float = 0.0
@@ -324,10 +353,10 @@ def _design_effect(strata: np.ndarray, residuals: np.ndarray, codes: np.ndarray,
 
 def _compare(inside: tuple[float, float], outside: tuple[float, float], low: float) -> tuple[Interval, Interval, float]:
     """Return the score inside, the gap and its p-value, given value and variance of both sides."""
-    half = _NORMAL * np.sqrt(inside[1])
+    half = NORMAL * np.sqrt(inside[1])
     score = Interval(inside[0], max(inside[0] - half, low), min(inside[0] + half, 1.0))
     gap, deviation = inside[0] - outside[0], float(np.sqrt(inside[1] + outside[1]))
-    return score, Interval(gap, gap - _NORMAL * deviation, gap + _NORMAL * deviation), _p_value(gap, deviation)
+    return score, Interval(gap, gap - NORMAL * deviation, gap + NORMAL * deviation), _p_value(gap, deviation)
 
 
 def _p_value(gap: float, deviation: float) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.intervals import Interval
-from triderm_dist.report.content import Content, Contributions
+from triderm_dist.report.content import Content
+from triderm_dist.report.contributions import Contributions
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
 from triderm_dist.report.style import BLUE, DIVERGING, FAINT, GRAY, MEDIUM, NARROW, SEQUENTIAL
 from triderm_dist.report.wording import RULES

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triderm_dist.report.content import PICTURED_LESIONS, Content, DoubtfulLesion
+from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Share, Table
 from triderm_dist.report.gallery import gallery_of
+from triderm_dist.report.lesion_lists import PICTURED_LESIONS, DoubtfulLesion
 
 SUSPECTS, AGREED, ESTIMATED = "found by the ensemble", "and by every network", "estimated by the joint"
 
 
 def label_errors(content: Content) -> Section:
     """Return the lesions that confident learning and all networks find mislabeled."""
-    found, agreed, lesions = content.label_errors, content.agreed_errors, len(content.labels)
+    found, agreed, lesions = content.lesion_lists.label_errors, content.lesion_lists.agreed_errors, len(content.labels)
     counts = [
         Row(SUSPECTS, (Share(len(found.suspects), lesions),)),
         Row(AGREED, (Share(int(agreed.sum()), lesions),)),
         Row(ESTIMATED, (Share(round(found.share * lesions), lesions),)),
     ]
-    shown = content.mislabeled
+    shown = content.lesion_lists.mislabeled
     return Section(
         "Probable label errors",
         "label_errors.html",

@@ -8,8 +8,9 @@ import numpy as np
 
 from triderm_dist.ensemble.run_files import STACKER
 from triderm_dist.intervals import Interval
-from triderm_dist.report.content import Content, extra_sets
+from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Section, Table
+from triderm_dist.report.extra_sets import extra_sets
 from triderm_dist.report.manuscript import network_sentences
 from triderm_dist.report.references import bibliography, used_works
 from triderm_dist.report.sections.cohort import cohort

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from triderm_dist.report.content import Content, extra_sets
+from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Section, plural
+from triderm_dist.report.extra_sets import extra_sets
 
 
 def method(content: Content) -> Section:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from triderm_dist.ensemble.run_files import STACKER
-from triderm_dist.report.content import Content, extra_sets
+from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Table
+from triderm_dist.report.extra_sets import extra_sets
 from triderm_dist.report.provenance import duration, fitted_parts, seeds
 
 

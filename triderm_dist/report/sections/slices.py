@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from triderm_dist.report.content import CONCEPTS, GROUP, PHOTOS, Content
+from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Flag, Row, Section, Table, Value
 from triderm_dist.report.slices import (
     BEYOND,
+    CONCEPTS,
+    GROUP,
     LEVEL,
     MIN_SLICE_LESIONS,
     MIN_SLICE_POSITIVES,
+    PHOTOS,
     SCORES,
     TOO_SMALL,
     WITHIN,
