@@ -71,7 +71,7 @@ def init(folder: Path, output: Path, roles: Mapping[str, str]) -> None:
 
 def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
     """Return the tasks that ship and name only columns of the folder's table."""
-    from triderm_dist.data.readers.lesions_csv import find_table, task_columns
+    from triderm_dist.data.readers.find_table import find_table, task_columns
     from triderm_dist.data.readers.table import read_header
 
     header = {name.lower() for name in read_header(find_table(folder, task), task.table)}

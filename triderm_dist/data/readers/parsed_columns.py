@@ -1,0 +1,254 @@
+"""Parse the columns of a table that a task names, each distinct text once, and collect what is wrong in which row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from triderm_dist.data.problems import Problem
+from triderm_dist.data.readers.cells import is_missing, parse_field, parse_number, parse_score, parsed_texts
+from triderm_dist.data.readers.dataset import spelled_alike, why_no_lesion_id
+from triderm_dist.data.readers.find_photos import photo_name
+from triderm_dist.data.readers.find_table import image_columns, task_columns
+from triderm_dist.data.readers.lesion_table import no_labels
+from triderm_dist.data.readers.table import Table
+from triderm_dist.data.shards.format import Text
+from triderm_dist.schema import UNLABELED, Task, did_you_mean, nearest, quoted, why_no_id
+
+
+@dataclass
+class ParsedColumns:
+    """The columns of a table of N rows, each parsed when its method is called.
+
+    Rows with an invalid cell become `problems`, and what is tolerated `notes`, in the order of the calls.
+    """
+
+    table: Table
+    task: Task
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    """Names of the columns that were parsed."""
+    labeled: bool = False
+    bad: set[int] = field(default_factory=set)
+    """Rows with a problem."""
+    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """(N,) the lesion of each row, numbered in the order in which they appear."""
+    names: Text = field(default_factory=lambda: Text(pa.chunked_array([], pa.string())))
+    """The id of each lesion."""
+
+    def read_ids(self) -> None:
+        """Set `codes` and `names`; rows with an invalid id become problems."""
+        column = self.task.columns.lesion_id
+        name = column or image_columns(self.task)[0]
+        self.used.add(name)
+        self.codes, texts = self.table.encoded(name)
+        if not column:
+            ids = pa.array(map(photo_name, texts.to_pylist()), pa.string()).dictionary_encode()
+            self.codes, texts = ids.indices.to_numpy()[self.codes], ids.dictionary
+        self.names = Text(pa.chunked_array([texts]))
+        self.notes += spelled_alike(texts, "lesion ids")
+        wrong = {code: why for code, lesion_id in enumerate(self.names) if (why := why_no_lesion_id(lesion_id))}
+        for row in np.flatnonzero(np.isin(self.codes, list(wrong))).tolist() if wrong else ():
+            code = int(self.codes[row])
+            what = f"{name} {quoted(self.names[code])} {wrong[code]}"
+            what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
+            self.add_problem(row, "row", what)
+
+    def lesion_id(self, row: int) -> str:
+        """Return the id of the lesion of a row."""
+        return self.names[int(self.codes[row])]
+
+    def views(self) -> np.ndarray:
+        """Return the number of the view of each row (N,), -1 where it is invalid."""
+        words = {word.lower(): at for at, view in enumerate(self.task.views) for word in (view.name, *view.words)}
+        column = self.task.columns.view or ""
+
+        def parse(text: str) -> float:
+            if text.lower() not in words:
+                raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}{_as_words('views')}")
+            return words[text.lower()]
+
+        return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(np.int8)
+
+    def metadata(self, number: int) -> np.ndarray:
+        """Return the values of a metadata field (N,), NaN where missing."""
+        about, words = self.task.fields[number], self.task.missing_words
+        if about.column not in self.table.cells:
+            self.notes.append(f"no column {self._absent(about.column)}: {about.label} is missing for every lesion")
+            return np.full(len(self.table), np.nan)
+
+        def parse(text: str) -> float:
+            try:
+                return parse_field(about, text, words)
+            except ValueError as error:
+                advice = "" if about.is_number else f", list it under synonyms of {about.name}"
+                raise ValueError(f"{error}; correct it{advice} or under missing_words in task.yaml") from None
+
+        found = self._parsed(about.column, parse, "cell", (about.low, about.high) if about.is_number else None)
+        if not about.is_number:
+            seen = set(found[~np.isnan(found)].astype(int).tolist())
+            if absent := [name for at, name in enumerate(about.categories) if at not in seen]:
+                self.notes.append(f"{about.column}: no row has {', '.join(absent)}")
+        return found
+
+    def concept_columns(self) -> list[str]:
+        """Return the columns of concept scores, in an order that is independent of the table's."""
+        concepts = self.task.concepts
+        if concepts.prefix:
+            prefix = concepts.prefix.lower()
+            return sorted((each for each in self.table.cells if each.lower().startswith(prefix)), key=str.lower)
+        return list(concepts.names)
+
+    def scores(self, column: str) -> np.ndarray:
+        """Return the scores of a concept (N,), NaN where missing."""
+        if column not in self.table.cells:
+            self.notes.append(f"no column {self._absent(column)}: this concept is missing for every lesion")
+            return np.full(len(self.table), np.nan)
+        scores = self.task.concepts.words
+
+        def parse(text: str) -> float:
+            try:
+                return parse_score(column, text, self.task.missing_words, scores)
+            except ValueError as error:
+                raise ValueError(f"{error}; correct it, or list it under concepts.words in task.yaml") from None
+
+        return self._parsed(column, parse, "cell", (0.0, 1.0), scores)
+
+    def labels(self) -> np.ndarray:
+        """Return the label of each row (N,), `UNLABELED` for none."""
+        task, column = self.task, self.task.columns.diagnosis
+        if column is None:
+            return self._one_hot()
+        self.labeled = column in self.table.cells
+        if not self.labeled:
+            self.notes.append(f"no column {self._absent(column)}: no lesion has a diagnosis")
+            return no_labels(len(self.table))
+
+        def parse(text: str) -> float:
+            if is_missing(text, task.missing_words):
+                return UNLABELED
+            return parse_diagnosis(text, task, column)
+
+        return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(np.int16)
+
+    def finer_labels(self) -> np.ndarray | None:
+        """Return the finer label of each row (N,), `UNLABELED` for none of the task's; None where no lesion has one."""
+        fine = self.task.fine
+        if fine is None:
+            return None
+        if fine.column not in self.table.cells:
+            self.notes.append(f"no column {self._absent(fine.column)}: no lesion has a finer label")
+            return None
+        return self._parsed(fine.column, fine.label_of, "label").astype(np.int16)
+
+    def groups(self) -> tuple[np.ndarray, Text] | None:
+        """Return the group of each row (N,), -1 for none, and the names of groups; None without a group column."""
+        column = self.task.columns.group
+        if column is None:
+            return None
+        if column not in self.table.cells:
+            self.notes.append(f"no column {self._absent(column)}: each lesion is a group of its own")
+            return None
+        self.used.add(column)
+        codes, names = self.table.encoded(column)
+        words = pa.array(["", *map(str.lower, self.task.missing_words)])
+        missing = pc.is_in(pc.utf8_lower(names), words).to_numpy(zero_copy_only=False)
+        texts = Text(pa.chunked_array([names]))
+        wrong = {at: why for at, name in enumerate(texts) if not missing[at] and (why := why_no_id(name))}
+        for row in np.flatnonzero(np.isin(codes, list(wrong))).tolist() if wrong else ():
+            code = int(codes[row])
+            self.add_problem(row, "row", f"{column} {quoted(texts[code])} {wrong[code]}")
+        self.notes += spelled_alike(names.filter(pa.array(~missing)), column)
+        return np.where(missing[codes], -1, codes).astype(np.int32), texts
+
+    def add_problem(self, row: int, kind: str, what: str) -> None:
+        """Add a problem, which names the row and its lesion."""
+        self.bad.add(row)
+        self.problems.append(Problem(self.lesion_id(row), kind, self.table.where(row), what))
+
+    def cells_of(self, column: str, rows: Sequence[int]) -> list[str]:
+        """Return the cells of a few rows, in ascending order."""
+        found, start = list[str](), 0
+        for (cells,) in self.table.parts(column):
+            found += [cells[row - start].as_py() for row in rows if start <= row < start + len(cells)]
+            start += len(cells)
+        return found
+
+    def _one_hot(self) -> np.ndarray:
+        names = self.task.diagnosis_names
+        self.labeled = any(name in self.table.cells for name in names)
+        if not self.labeled:
+            self.notes.append("no column of a diagnosis: no lesion has one")
+            return np.full(len(self.table), UNLABELED)
+        self.table.require(names, "; every diagnosis needs a column of zeros and ones")
+        truth = {"true": 1.0, "false": 0.0}
+
+        def parse(text: str) -> float:
+            if is_missing(text, self.task.missing_words):
+                return math.nan
+            number = truth.get(text.lower(), parse_number(text))
+            return number if number is not None else -1.0
+
+        ones, zeros, empty = (np.zeros(len(self.table), np.int16) for _ in range(3))
+        labels = no_labels(len(self.table))
+        for at, name in enumerate(names):
+            values = self._parsed(name, parse, "label")
+            labels[values == 1] = at
+            ones += values == 1
+            zeros += values == 0
+            empty += np.isnan(values)
+        right = (ones == 1) & (zeros == len(names) - 1)
+        for row in np.flatnonzero(~right & (empty < len(names))).tolist():
+            what = f"lesion {self.lesion_id(row)} needs a single 1 and otherwise 0 over the diagnoses"
+            self.add_problem(row, "label", f"{what}; leave all empty if it is unlabeled")
+        return np.where(right, labels, UNLABELED).astype(np.int16)
+
+    def _absent(self, column: str) -> str:
+        """Return the name of a column that the table lacks, with the most similar unused column, for messages."""
+        known = {name.lower() for name in task_columns(self.task)}
+        near = nearest(column, (name for name in self.table.header if name.lower() not in known))
+        return f"{column!r} (is {near!r} meant?)" if near else repr(column)
+
+    def _parsed(
+        self,
+        column: str,
+        parse: Callable[[str], float],
+        kind: str,
+        span: tuple[float, float] | None = None,
+        words: Iterable[str] = (),
+    ) -> np.ndarray:
+        """Parse a column (N,), each distinct text of a part once; NaN and a problem where that raises ValueError.
+
+        span: numbers in this range are parsed at once, without `parse`, unless they are one of `words`.
+        """
+        self.used.add(column)
+        result, start = np.empty(len(self.table)), 0
+        missing = [*words, *self.task.missing_words]
+        for (cells,) in self.table.parts(column):
+            encoded = cells.dictionary_encode()
+            values, errors = parsed_texts(encoded.dictionary, parse, span, missing)
+            codes = encoded.indices.to_numpy()
+            for row in np.flatnonzero(np.isin(codes, list(errors))).tolist() if errors else ():
+                self.add_problem(start + row, kind, errors[int(codes[row])])
+            result[start : start + len(codes)] = values[codes]
+            start += len(codes)
+        return result
+
+
+def parse_diagnosis(text: str, task: Task, column: str) -> int:
+    """Return the label that a text names. Raises ValueError, with the nearest word, for an unknown one."""
+    label = task.label_of(text)
+    if label is not None:
+        return label
+    hint = did_you_mean(text.lower(), task.label_words)
+    raise ValueError(f"unknown {column} {quoted(text)}; {hint}{_as_words('diagnoses')}")
+
+
+def _as_words(key: str) -> str:
+    return f" Correct it, or add it to the words of one of the {key} in task.yaml"
