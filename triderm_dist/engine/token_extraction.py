@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,11 +95,7 @@ class TokenExtractor:
             means = tokens.mean(2, keepdims=True, dtype=np.float32)
             return cache.codec.encode(torch.from_numpy(means)).numpy()
 
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not accelerator.is_main_process) as progress:
-            task = progress.add_task(f"{self.what}, chunks", total=len(missing))
+        with self._progress(len(missing)) as show:
             for start in range(0, len(missing), ranks):
                 # `after_chunk` may synchronize the ranks, so it is called once per round, in which each rank computes a
                 # chunk, and after each part of a chunk of several parts.
@@ -112,11 +109,29 @@ class TokenExtractor:
                     calls -= len(rows) - 1
                 for _ in range(calls):
                     after_chunk()
-                done = min(start + ranks, len(missing))
-                progress.update(task, completed=done)
-                if accelerator.is_main_process and not progress.console.is_terminal and start // 10 < done // 10:
-                    print(f"{self.what}: {done} of {len(missing)} chunks", flush=True)
+                show(min(start + ranks, len(missing)))
         accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _progress(self, chunks: int) -> Iterator[Callable[[int], None]]:
+        """Context with a function that shows how many chunks are done: a bar, or without a terminal a line for every
+        tenth.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        is_main = self.accelerator.is_main_process
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not is_main) as progress:
+            task, before = progress.add_task(f"{self.what}, chunks", total=chunks), 0
+
+            def show(done: int) -> None:
+                nonlocal before
+                progress.update(task, completed=done)
+                if is_main and not progress.console.is_terminal and before // 10 < done // 10:
+                    print(f"{self.what}: {done} of {chunks} chunks", flush=True)
+                before = done
+
+            yield show
 
     def _all_tokens(
         self, encoder: Callable[[], Encoder], rows: np.ndarray, version: str, full: TokenCache, is_cached: bool

@@ -178,7 +178,6 @@ def nested_estimate(
     `config.use=auto` the ensemble is `chosen` if it beats the network that is best over all lesions beyond the noise of
     their paired difference, else the best network: the one choice that is made on all lesions.
     """
-    config = fitting.config
     decisions: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
     picks: dict[str, dict[int, str]] = {}
@@ -192,22 +191,12 @@ def nested_estimate(
         candidates = _fit_candidates(names, stacked, labels[outside], parts, fitting)
         del stacked
         searched = np.flatnonzero(outside)[next(iter(candidates.values())).rows]
-        scores = {name: metrics.macro_f1(each.decisions, labels[searched]) for name, each in candidates.items()}
-        picked = {ENSEMBLE: choose_weighting(scores)}
-        if len(names) > 1:
-            picked[_NETWORK] = best_network(scores)
-            first, second = (candidates[name].decisions for name in picked.values())
-            grouped = None if groups is None else groups[searched]
-            gap = intervals.paired_difference(first, second, labels[searched], grouped, config.bootstrap, fitting.seed)
-            picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
-        if config.use not in (AUTO, ENSEMBLE):
-            picked[config.use] = config.use
+        picked = _pick(candidates, labels[searched], None if groups is None else groups[searched], fitting)
         for name, weighting in {**dict(zip(candidates, candidates, strict=True)), **picked}.items():
             ensemble = candidates[weighting].ensemble
             table = ensemble.combine(held_out)
-            decisions.setdefault(name, np.zeros((len(labels), table.shape[1]), bool))[inside] = ensemble.decide(
-                held_out
-            )
+            decided = decisions.setdefault(name, np.zeros((len(labels), table.shape[1]), bool))
+            decided[inside] = ensemble.decide(held_out)
             if name in picked:
                 probabilities.setdefault(name, np.full((len(labels), table.shape[1]), np.nan))[inside] = table
                 picks.setdefault(name, {})[fold] = weighting
@@ -216,7 +205,8 @@ def nested_estimate(
         decisions[CHOSEN] = decisions.pop(only)
         return NestedEstimate(decisions, probabilities[only], picks[only])
     choice = _choose(decisions, labels, groups, fitting)
-    given = config.use if config.use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
+    use = fitting.config.use
+    given = use if use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
     decisions[CHOSEN] = decisions[given]
     for name in (ENSEMBLE, _NETWORK, AUTO):
         del decisions[name]
@@ -225,6 +215,27 @@ def nested_estimate(
 
 _NETWORK = "network"
 """The network that is best on the other folds, among the decisions while they are estimated."""
+
+
+def _pick(
+    candidates: Mapping[str, Candidate], labels: np.ndarray, groups: np.ndarray | None, fitting: Fitting
+) -> dict[str, str]:
+    """Return the weighting of the ensemble, the best network, the automatic choice between these two, and the weighting
+    that `config.use` names, each by its name.
+
+    labels, groups: (n,), of the rows that the candidates' decisions are on.
+    """
+    config = fitting.config
+    scores = {name: metrics.macro_f1(each.decisions, labels) for name, each in candidates.items()}
+    picked = {ENSEMBLE: choose_weighting(scores)}
+    if len(candidates) > 1:
+        picked[_NETWORK] = best_network(scores)
+        first, second = (candidates[name].decisions for name in picked.values())
+        gap = intervals.paired_difference(first, second, labels, groups, config.bootstrap, fitting.seed)
+        picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
+    if config.use not in (AUTO, ENSEMBLE):
+        picked[config.use] = config.use
+    return picked
 
 
 def _choose(

@@ -33,36 +33,21 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     Raises MissingPackage without Ray or Optuna, and ConfigError for unusable settings or spaces, before any trial;
     Interrupted if the search was stopped.
     """
-    settings, experiment, model = run.search, run.experiment, run.model
+    settings, experiment = run.search, run.experiment
     require("triderm search", "ray", "optuna", "sklearn")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("triderm search starts its own processes; run it without a launcher")
-    if model not in experiment.models:
-        raise ConfigError(f"search.model={model}: the settings have the models {', '.join(experiment.models)}")
-    folds = experiment.data.folds
-    if len(set(settings.folds)) < len(settings.folds) or not all(0 <= fold < folds for fold in settings.folds):
-        raise ConfigError(f"search.folds: list folds from 0 to {folds - 1} (data.folds is {folds}), each once")
-    if settings.scheduler == "pbt":
-        pbt.check_search(run)
-    space, notes = fit_space(read_space(find_file("spaces", settings.space)), experiment, model, settings.space)
-    if settings.scheduler == "pbt":
-        pbt.check_space(space, experiment.models[model], settings.space)
-    for note in notes:
-        log(f"note: {note}")
+    _check_settings(run)
+    space = _read_space(run, log)
 
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.distributed.parallel import split_batch
     from triderm_dist.engine.extra_sets import open_extra_sets, prepare
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
     open_extra_sets(experiment, index, verify=experiment.data.verify)  # raises for a wrong map before any work
-    own = own_settings(experiment.models[model], BATCH_SETTINGS)
-    for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH_SETTINGS)):
-        split_batch(total, micro, settings.workers)
+    _check_batches(run, space)
     refusal = f"{run.search_folder}: another search is running in this folder; wait for it or stop it"
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
-        prepare(experiment, index, [model])  # once, for all trials
+        prepare(experiment, index, [run.model])  # once, for all trials
         with ray_session(settings):
             if not settings.resume or _ended(run) < settings.trials or _failed(run):
                 run_trials(run, space, log)
@@ -81,6 +66,40 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
             f"{failed.error if failed else 'none'}"
         )
     return summary
+
+
+def _check_settings(run: SearchRun) -> None:
+    """Raise ConfigError for settings that cannot work."""
+    settings, experiment, model = run.search, run.experiment, run.model
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("triderm search starts its own processes; run it without a launcher")
+    if model not in experiment.models:
+        raise ConfigError(f"search.model={model}: the settings have the models {', '.join(experiment.models)}")
+    folds = experiment.data.folds
+    if len(set(settings.folds)) < len(settings.folds) or not all(0 <= fold < folds for fold in settings.folds):
+        raise ConfigError(f"search.folds: list folds from 0 to {folds - 1} (data.folds is {folds}), each once")
+    if settings.scheduler == "pbt":
+        pbt.check_search(run)
+
+
+def _read_space(run: SearchRun, log: Callable[[str], None]) -> Space:
+    """Read the space, fit it to the experiment and log what that changed. Raises ConfigError for an unusable space."""
+    settings, experiment, model = run.search, run.experiment, run.model
+    space, notes = fit_space(read_space(find_file("spaces", settings.space)), experiment, model, settings.space)
+    if settings.scheduler == "pbt":
+        pbt.check_space(space, experiment.models[model], settings.space)
+    for note in notes:
+        log(f"note: {note}")
+    return space
+
+
+def _check_batches(run: SearchRun, space: Space) -> None:
+    """Raise ConfigError for a global batch of the space that the ranks of a trial cannot divide."""
+    from triderm_dist.distributed.parallel import split_batch
+
+    own = own_settings(run.experiment.models[run.model], BATCH_SETTINGS)
+    for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH_SETTINGS)):
+        split_batch(total, micro, run.search.workers)
 
 
 def _remove_temporary_files(run: SearchRun) -> None:

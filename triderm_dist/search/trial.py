@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -135,7 +135,6 @@ def run_trial(
     """
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
-    from triderm_dist.monitoring.metrics_log import read_metrics
 
     started, before, on_main = time.monotonic(), 0.0, collectives.is_main()
     try:
@@ -162,9 +161,8 @@ def run_trial(
                 publish("running")
 
         for fold in folds:
-            for record in read_metrics(own.fold_folder(model, fold) / "metrics.jsonl"):
-                if record["kind"] == "validation":
-                    on_validation(int(record["epoch"]), {name: record[name] for name in ("macro_f1", "official")})
+            for epoch, scores in _validations(own.fold_folder(model, fold)):
+                on_validation(epoch, scores)
             run_folds(own, index, [model], [fold], on_validation)
             curve.end_fold()
         publish("complete")
@@ -173,6 +171,15 @@ def run_trial(
         text = one_line(error, with_type=not bad_input)
         replace(read_trial(folder) or trial, state="failed", error=text, bad_input=bad_input).write(folder)
         raise
+
+
+def _validations(fold_folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the epochs that a fold has validated before, and their scores."""
+    from triderm_dist.monitoring.metrics_log import read_metrics
+
+    for record in read_metrics(fold_folder / "metrics.jsonl"):
+        if record["kind"] == "validation":
+            yield int(record["epoch"]), {name: record[name] for name in ("macro_f1", "official")}
 
 
 def _own_experiment(trial: Trial, experiment: Experiment, model: str, folder: Path) -> Experiment:

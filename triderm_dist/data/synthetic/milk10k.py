@@ -13,7 +13,7 @@ distinguished. Every trait is noisy, so that no diagnosis is certain even with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,32 +101,36 @@ def write_part(
             ("clinical: close-up", "dermoscopic"), lesion.photo_ids, lesion.photos, lesion.scores, strict=True
         ):
             Image.fromarray(pixels).save(photos / f"{photo_id}.jpg", quality=90)
-            metadata.append(
-                {
-                    "lesion_id": lesion.lesion_id,
-                    "image_type": kind,
-                    "isic_id": photo_id,
-                    "attribution": "SYNTHETIC, drawn by triderm-dist",
-                    "copyright_license": "CC-0",
-                    "image_manipulation": "synthetic",
-                    **lesion.shared,
-                    **{column: f"{score:.6f}" for column, score in scores.items()},
-                }
-            )
-            supplement.append(
-                {
-                    "isic_id": photo_id,
-                    "diagnosis_full": titles[lesion.diagnosis],
-                    "diagnosis_confirm_type": "synthetic",
-                    "invasion_thickness_interval": "",
-                }
-            )
+            metadata.append(_metadata_row(lesion, kind, photo_id, scores))
+            supplement.append(_supplement_row(photo_id, titles[lesion.diagnosis]))
         labels.append({"lesion_id": lesion.lesion_id, **{d: float(d == lesion.diagnosis) for d in titles}})
     write_csv(folder / f"MILK10k_{name}_Metadata.csv", metadata)
     write_csv(truth / f"MILK10k_{name}_GroundTruth.csv", labels)
     if truth == folder:
         write_csv(folder / f"MILK10k_{name}_Supplement.csv", supplement)
     (folder / "attribution.txt").write_text("SYNTHETIC, drawn by triderm-dist; no patient is shown\n", encoding="utf-8")
+
+
+def _metadata_row(lesion: DemoLesion, kind: str, photo_id: str, scores: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "lesion_id": lesion.lesion_id,
+        "image_type": kind,
+        "isic_id": photo_id,
+        "attribution": "SYNTHETIC, drawn by triderm-dist",
+        "copyright_license": "CC-0",
+        "image_manipulation": "synthetic",
+        **lesion.shared,
+        **{column: f"{score:.6f}" for column, score in scores.items()},
+    }
+
+
+def _supplement_row(photo_id: str, diagnosis: str) -> dict[str, Any]:
+    return {
+        "isic_id": photo_id,
+        "diagnosis_full": diagnosis,
+        "diagnosis_confirm_type": "synthetic",
+        "invasion_thickness_interval": "",
+    }
 
 
 # --- one lesion ------------------------------------------------------------------------------------------------------
