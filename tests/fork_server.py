@@ -1,4 +1,4 @@
-"""A server that has imported PyTorch and forks a process per program, since importing it takes seconds each time.
+"""A server that has imported PyTorch and this package, and forks a process per program: importing takes seconds.
 
 `fork_python()` returns the path of an executable that accepts the arguments of `sys.executable`: `-m MODULE`,
 `-c CODE` or a file. It requests a fork from the server with its arguments, environment, working folder and standard
@@ -19,6 +19,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import runpy
@@ -34,11 +35,14 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import triderm_dist
+
 ROOT = Path(__file__).parents[1]
 IMPORTED = (
-    "accelerate.commands.launch", "deepspeed", "matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "simplejpeg",
-    "sklearn.model_selection", "timm", "torch.distributed.run", "torch.profiler", "torch.utils.flop_counter",
-    "torch.utils.tensorboard", "torchvision", "transformers", "xgboost",
+    "accelerate.commands.launch", "cv2", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.pyplot", "pyarrow.dataset", "pyarrow.parquet", "scipy.stats", "simplejpeg", "sklearn.model_selection",
+    "timm", "torch.distributed.run", "torch.profiler", "torch.utils.flop_counter", "torch.utils.tensorboard",
+    "torchvision", "transformers", "xgboost",
 )  # fmt: skip
 CLIENT = """\
 #!{python} -SE
@@ -205,6 +209,7 @@ def run_program(request: dict[str, Any], files: list[int], python: str, path: li
         if script:
             runpy.run_path(arguments[0], run_name="__main__")
         elif arguments[0] == "-m":
+            sys.modules.pop(arguments[1], None)  # runpy warns where it is imported already
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             assert arguments[0] == "-c"
@@ -225,12 +230,20 @@ def run_program(request: dict[str, Any], files: list[int], python: str, path: li
     os._exit(status)
 
 
+def modules() -> list[str]:
+    """Return the names of the modules of this package."""
+    found = pkgutil.walk_packages(triderm_dist.__path__, "triderm_dist.")
+    return [module.name for module in found if not module.name.endswith("__main__")]
+
+
 def main(address: str, python: str) -> None:
-    for name in IMPORTED:
+    gc.disable()
+    for name in (*IMPORTED, *modules()):
         with contextlib.suppress(ModuleNotFoundError):  # of an extra
             importlib.import_module(name)
     assert threading.active_count() == 1, f"imports started {threading.enumerate()}: threads do not survive a fork"
     gc.freeze()  # forks neither scan imported objects nor copy their pages
+    gc.enable()
     server = Server(address, python)
     print("serving", flush=True)
     server.serve()

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.processes import HANG_SECONDS
 from triderm_dist.engine import checkpoint
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, readable_checkpoints
 from triderm_dist.engine.network_files import read_info
@@ -50,7 +51,7 @@ def test_files_hold_the_training_as_it_was_when_they_were_asked_for(training, tm
     may_write, write = threading.Event(), checkpoint.write_tensors
 
     def write_later(path, tensors):
-        may_write.wait(60)
+        may_write.wait(HANG_SECONDS)
         return write(path, tensors)
 
     monkeypatch.setattr(checkpoint, "write_tensors", write_later)

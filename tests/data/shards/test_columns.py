@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.simulated_set import write_simulated_set
+from tests.processes import HANG_SECONDS
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.shards import columns, index
@@ -81,7 +82,7 @@ def test_small_sets_write_nothing(packed: Path, cache: Path, monkeypatch: pytest
 def test_columns_are_written_once(packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of processes that start at the same time, one writes, and the others wait for it."""
     written, threads = [], 4
-    meet = threading.Barrier(threads, timeout=30)
+    meet = threading.Barrier(threads, timeout=HANG_SECONDS)
     write = columns._write
 
     def counted(*arguments: object) -> None:

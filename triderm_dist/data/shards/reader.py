@@ -126,6 +126,9 @@ class RemoteShards:
 
         Yields a function to call with the number of steps whose reads are done. Raises ConfigError if the shards
         that one step needs do not fit into the cache together.
+
+        Where the block is left early, the reads that it still expected raise DataError until the next `read_ahead`:
+        threads may be in the middle of them, and must not begin to fetch by themselves.
         """
         self.close()
         self._ahead = current = _ReadAhead(self._cache, self._shards, order, batch, self._share)
@@ -133,8 +136,6 @@ class RemoteShards:
             yield current.mark_read
         finally:
             current.close()
-            if self._ahead is current:
-                self._ahead = None
 
     def close(self) -> None:
         if self._ahead:

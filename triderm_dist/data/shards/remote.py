@@ -143,6 +143,8 @@ class Store:
             with path.open("wb") as out:
                 process = subprocess.Popen(command, stdout=out, start_new_session=True)
                 progress.on_abandon = lambda: os.killpg(process.pid, signal.SIGKILL)
+                if progress.abandoned:  # before the command had started
+                    progress.abandon()
                 if status := process.wait():
                     raise OSError(f"the command ended with status {status}")
             return
