@@ -1,12 +1,12 @@
 """A server that has imported PyTorch and this package, and forks a process per program: importing takes seconds.
 
 `fork_python()` returns the path of an executable that accepts the arguments of `sys.executable`: `-m MODULE`,
-`-c CODE` or a file. It requests a fork from the server with its arguments, environment, working folder and standard
-files, forwards signals to the fork, and exits with its status. In the fork `sys.executable` is the same executable, so
-that the stages of a pipeline and the ranks of a launcher are forks as well. Each imports the module that the
-environment variable FORK_IMPORTS names, before the program. Two things differ from a new process: packages have read
-the environment of the server while they were imported (OMP_NUM_THREADS), and modules are not torn down at exit, which
-would take seconds as well.
+`-c CODE` or a file. It requests a fork from the server with its arguments, environment, working folder, standard files,
+limits and capabilities, forwards signals to the fork, and exits with its status. In the fork `sys.executable` is the
+same executable, so that the stages of a pipeline and the ranks of a launcher are forks as well. Each imports the module
+that the environment variable FORK_IMPORTS names, before the program. Two things differ from a new process: packages
+have read the environment of the server while they were imported (OMP_NUM_THREADS), and modules are not torn down at
+exit, which would take seconds as well.
 """
 
 from __future__ import annotations
@@ -64,7 +64,12 @@ for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 limits = [[number, *resource.getrlimit(number)] for name, number in vars(resource).items() if name[:7] == "RLIMIT_"]
-request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "limits": limits}}
+with open("/proc/self/status") as status:
+    capabilities = int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16)
+request = {{
+    "arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "limits": limits,
+    "capabilities": capabilities,
+}}
 body = json.dumps(request).encode()
 socket.send_fds(server, [b"%8d" % len(body)], [0, 1, 2])
 server.sendall(body)
@@ -188,6 +193,7 @@ def run_program(request: dict[str, Any], files: list[int], python: str, path: li
         os.close(file)
     for number, *limits in request["limits"]:
         resource.setrlimit(number, tuple(limits))
+    limit_capabilities(request["capabilities"])
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -228,6 +234,19 @@ def run_program(request: dict[str, Any], files: list[int], python: str, path: li
         if not stream.closed:  # an exit handler may close it, which Python does not mind either
             stream.flush()
     os._exit(status)
+
+
+def limit_capabilities(allowed: int) -> None:
+    """Take from this process, and from programs that it starts, the capabilities of root that are not in this mask."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for number in range(64):
+        if not allowed >> number & 1:
+            libc.prctl(24, number)  # PR_CAPBSET_DROP
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for at in range(6):  # effective, permitted and inheritable capabilities up to 31, then the others
+        sets[at] &= allowed >> 32 * (at // 3) & 0xFFFFFFFF
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
 def modules() -> list[str]:

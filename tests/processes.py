@@ -105,7 +105,7 @@ def drop_root() -> None:
 def without_root(*words: str, folder: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run triderm in a folder as a user who may not write files that are read-only."""
     return subprocess.run(
-        [sys.executable, "-m", "triderm_dist", *words], cwd=folder, preexec_fn=drop_root, timeout=HANG_SECONDS,
+        [fork_python(), "-m", "triderm_dist", *words], cwd=folder, preexec_fn=drop_root, timeout=HANG_SECONDS,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True, text=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import fork_python, forks
-from tests.processes import HANG_SECONDS, wait_for
+from tests.processes import HANG_SECONDS, drop_root, wait_for
 
 ABOUT = """
 import json, os, resource, sys
@@ -60,6 +60,17 @@ def test_fork_exits_with_the_status_of_the_program(code, status, error):
     done, real = run("-c", code), subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == real.returncode == status
     assert done.stdout == real.stdout and done.stderr.endswith(error) and real.stderr.endswith(error)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to lose")
+def test_fork_has_the_rights_of_its_client(tmp_path):
+    (tmp_path / "file").touch(0o400)
+    write = f"open({str(tmp_path / 'file')!r}, 'w')"
+    nested = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {write!r}]).returncode)"
+    for code in (write, nested):
+        assert run("-c", code).returncode == 0
+        done = run("-c", code, preexec_fn=drop_root)
+        assert done.returncode == 1 and "PermissionError" in done.stderr
 
 
 def test_signals_are_forwarded_to_the_program(tmp_path):

@@ -266,7 +266,7 @@ def test_remote_sets_share_one_cache(sets, union, tmp_path):
     rows = np.stack([np.arange(18), len(union.main) + np.arange(18)], 1).ravel()
     plan = EpochPlan(Samples.of(union, rows), Sampling("sequential"), 0, 0)
     total = sum(index.bytes for index in sets)
-    limits = RemoteConfig(cache=str(tmp_path), cache_gb=0.67 * total / 1e9, total_seconds=20)
+    limits = RemoteConfig(cache=str(tmp_path), cache_gb=0.67 * total / 1e9, total_seconds=60)
     with serve(sets[0].folder) as first, serve(sets[1].folder) as second:
         remote = [open_index(server.url, limits) for server in (first, second)]
         via_url = LesionUnion(remote[0], [replace(union.extra[0], index=remote[1])])

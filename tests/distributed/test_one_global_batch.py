@@ -13,7 +13,7 @@ WORKER = str(WORKERS / "relay_worker.py")
 SETTINGS = """
 data: {folds: 2}
 train:
-  epochs: 3
+  epochs: 2
   global_batch: 24
   log_every: 1
   trackers: []
@@ -60,7 +60,7 @@ def steps(settings: str, folder: Path, packed: Path, strategy: str, ranks: int, 
 
 def assert_equal(got: tuple, expected: tuple, split: object) -> None:
     (losses, weights), (expected_losses, expected_weights) = got, expected
-    assert len(losses) == len(expected_losses) >= 8
+    assert len(losses) == len(expected_losses) >= 6
     assert losses == pytest.approx(expected_losses, abs=1e-6), split
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():
@@ -72,13 +72,13 @@ def assert_equal(got: tuple, expected: tuple, split: object) -> None:
 def undivided(packed, tmp_path_factory) -> dict:
     """One process: the batch as a whole and in parts, with and without activation checkpointing."""
     folder = tmp_path_factory.mktemp("undivided") / "single"
-    splits = [(24,), (12,), (6,), (1,), (6, *CHECKPOINTED), (24, "models.tri.dropout=0")]
+    splits = [(24,), (6,), (1,), (6, *CHECKPOINTED), (24, "models.tri.dropout=0")]
     splits += [(24, *PREVIOUS), (6, *PREVIOUS)]
     return steps(SETTINGS, folder, packed, "single", 1, splits)
 
 
 def test_micro_batch_and_checkpointing_change_nothing(undivided):
-    for split in [(12,), (6,), (1,), (6, *CHECKPOINTED)]:
+    for split in [(6,), (1,), (6, *CHECKPOINTED)]:
         assert_equal(undivided[split], undivided[24,], split)
     assert undivided[24, "models.tri.dropout=0"][0] != pytest.approx(undivided[24,][0], abs=1e-3)
 
@@ -96,7 +96,8 @@ def test_micro_batch_and_checkpointing_change_nothing(undivided):
 )
 def test_ranks_and_strategy_change_nothing(undivided, packed, tmp_path, strategy, ranks):
     micro = 24 // ranks
-    splits = [(micro,), (micro // 2, *CHECKPOINTED), (1,)] + [(micro, *PREVIOUS)] * (strategy == "ddp")
+    smallest = 1 if strategy == "ddp" else 3  # FSDP2 gathers the weights for each
+    splits = [(micro,), (micro // 2, *CHECKPOINTED), (smallest,)] + [(micro, *PREVIOUS)] * (strategy == "ddp")
     for split, result in steps(SETTINGS, tmp_path / "run", packed, strategy, ranks, splits).items():
         assert_equal(result, undivided[24, *split[1:]] if split[1:] == PREVIOUS else undivided[24,], split)
 

@@ -9,7 +9,6 @@ on no clock.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -20,6 +19,8 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.fork_server import limit_capabilities
 
 VARIABLE = "INJECTED_FAULT"
 MODULE = "tests.faults.injection"
@@ -112,28 +113,10 @@ def process_name() -> str:
     return f"{name} {os.environ.get('RANK', '0')}"
 
 
-def drop_privileges() -> None:
-    """Take from root the capabilities to write what is read-only."""
-
-    class Header(ctypes.Structure):
-        _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-    class Data(ctypes.Structure):
-        _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-    header, data = Header(0x20080522, 0), (Data * 2)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.capget(ctypes.byref(header), data) == 0
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        data[0].effective &= ~(1 << capability)
-        data[0].permitted &= ~(1 << capability)
-    assert libc.capset(ctypes.byref(header), data) == 0, os.strerror(ctypes.get_errno())
-
-
 def start(plan: Plan) -> None:
     """Watch the changes of this process."""
     if plan.unprivileged:
-        drop_privileges()
+        limit_capabilities(~0b110)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
     sys.addaudithook(Injector(plan).hook)
 
 

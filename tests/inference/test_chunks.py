@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 
+from tests.processes import wait_for
 from triderm_dist.inference.chunks import PredictionJob, identity, prediction_table
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.table import read_input
@@ -92,7 +93,7 @@ def test_rank_0_waits_for_the_chunks_of_other_ranks(predictor, lesions, tmp_path
     main = job_of(predictor, lesions, tmp_path / "two")
     thread = threading.Thread(target=main.run, args=(0, 2))
     thread.start()
-    thread.join(1.0)
+    wait_for(lambda: len(predicted) == 2)  # its own chunks
     assert thread.is_alive()
     job_of(predictor, lesions, tmp_path / "two").run(1, 2)
     thread.join()
