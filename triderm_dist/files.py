@@ -167,6 +167,11 @@ def walk_folders(
         yield parent, sorted(files)
 
 
+def named(path: Path) -> Path:
+    """Return the path, absolute if it ends in `.` or `..`, so that names of related files can derive from its own."""
+    return path if path.name.strip(".") else Path(os.path.abspath(path))
+
+
 def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:
     """Write a text file atomically."""
     with atomic_path(path, mode) as temporary:

@@ -117,6 +117,16 @@ def test_table_to_one_file(trained_run, tmp_path, kind, capsys):
             predict(trained_run, f"input={table}", f"output={output}", "tta=1")
 
 
+@pytest.mark.parametrize("output", [".", "../here", "../here/new/.."])
+def test_output_in_the_working_folder(trained_run, tmp_path, monkeypatch, output):
+    photo = trained_run.test.photo(1)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    predict(trained_run, f"input={photo}", "view=clinical", f"output={output}", "tta=1")
+    assert (tmp_path / "here" / "probabilities.csv").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_lesions_that_cannot_be_used(trained_run, tmp_path, capsys):
     shutil.copytree(trained_run.test.folder, tmp_path / "in")
     photo = next((tmp_path / "in").rglob("*.jpg"))
@@ -140,6 +150,9 @@ def test_lesions_that_cannot_be_used(trained_run, tmp_path, capsys):
         (["output={tmp}/new.xlsx"], "name a file that ends in .csv or .parquet, or a folder"),
         (["output={tmp}/new", "view=front"], "view=front: known are clinical, dermoscopic"),
         (["output={tmp}/new", "photos={tmp}/none"], "no photo"),
+        (["output={tmp}/new", "device=tpu"], "device=tpu: Expected one of cpu, "),
+        (["output={tmp}/new", "device=cuda:99"], "this machine has cpu"),
+        (["output={tmp}/new", "device=meta"], "this machine has cpu"),
     ],
 )
 def test_what_is_refused(trained_run, tmp_path, words, message):

@@ -36,6 +36,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
 from triderm_dist.environment import record_data
+from triderm_dist.files import named
 from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
@@ -175,6 +176,7 @@ def predict_input(config: PredictRun) -> None:
     from triderm_dist.distributed.malloc import disable_malloc_trim, use_expandable_segments
     from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
     from triderm_dist.inference.chunks import PredictionJob
+    from triderm_dist.inference.networks import choose_device
     from triderm_dist.inference.output import check_output, part_of
     from triderm_dist.inference.predictor import Predictor
     from triderm_dist.inference.run_folder import open_run_folder
@@ -186,13 +188,17 @@ def predict_input(config: PredictRun) -> None:
         check_output(output, config.folder, inputs)
     if not config.plugins:  # they may need its estimators
         import_xgboost_alone()
+    if not str(config.device).startswith("cpu"):
+        use_expandable_segments()
+    if config.device:
+        choose_device(config.device)  # refused before a long table is read
     run = open_run_folder(config.folder, config.networks)
     photos = Path(config.photos) if config.photos else None
     try:
         read = read_input(inputs, run, photos=photos, view=config.view, invalid=config.invalid)
     except InvalidLesions as error:
         if is_main() and not printed:
-            print_problems(error.problems, Path(f"{output}.problems.csv"))
+            print_problems(error.problems, Path(f"{named(output)}.problems.csv"))
         raise
     if printed and (len(read.lesions) > MAX_PRINTED or world_size() > 1):
         raise ConfigError(f"output: name a file or folder for the predictions of {len(read.lesions):,} lesions")
@@ -202,8 +208,6 @@ def predict_input(config: PredictRun) -> None:
         from triderm_dist.distributed.parallel import start_inference
 
         start_inference("fp32", config.rank_timeout)
-    if not str(config.device).startswith("cpu"):
-        use_expandable_segments()
     predictor = Predictor(run, device=config.device, batch=config.predict.batch)
     if predictor.device.type == "cpu":
         disable_malloc_trim()
@@ -266,7 +270,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
         table, problems, changes = job.result()
         for note in describe_changes(changes):
             print(wrapped(f"note: {note}"))
-        print_problems([*read.problems, *problems], Path(f"{output}.problems.csv"))
+        print_problems([*read.problems, *problems], Path(f"{named(output)}.problems.csv"))
         about = {
             "key": job.key, "run": identity(run), "task": run.task.to_mapping(), "members": [*job.predictor.members],
             "transforms": job.transforms,

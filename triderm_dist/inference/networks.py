@@ -26,7 +26,7 @@ from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower
 from triderm_dist.models.network import SHARED, Network
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
 from triderm_dist.models.towers import Tower
-from triderm_dist.schema import DataError
+from triderm_dist.schema import ConfigError, DataError, one_line
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 Device = str | torch.device
@@ -222,5 +222,14 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
 
 
 def choose_device(device: Device | None) -> torch.device:
-    """Return the device, by default the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device, by default the GPU if there is one. Raises ConfigError for one that cannot be used here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # Torch without CUDA raises AssertionError
+        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        known = f"this machine has {', '.join(['cpu', *gpus])}"
+        raise ConfigError(f"device={device}: {one_line(error, 100)}; {known}") from None
+    return chosen

@@ -11,6 +11,7 @@ from typing import Any
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.open import is_url
 from triderm_dist.data.shards.remote import address_of, retried
+from triderm_dist.files import named
 from triderm_dist.runtime.redact import redact
 
 _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf", "memory"}
@@ -20,8 +21,7 @@ _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", 
 def local_name(output: str | os.PathLike[str]) -> Path:
     """Return an output folder, or for a URL a name in the working folder, from which names of related files derive."""
     if not is_url(output):
-        path = Path(output)
-        return path if path.name.strip(".") else Path(os.path.abspath(path))  # . and .. have no name
+        return named(Path(output))
     where = redact(os.fspath(output)).partition("://")[2].partition("?")[0]
     return Path(re.sub(r"[^A-Za-z0-9._]+", "-", where).strip("-.") or "output")
 
