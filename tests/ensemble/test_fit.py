@@ -218,6 +218,11 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     with pytest.raises(DataError, match=r"probabilities.csv: 2 lesions are not in the ground truth, .* is test-0003"):
         score(folder, truth)
     assert score(folder, truth, partial=True)["n"] == 148
+    assert "in_training" not in result
+    ids, groups = table.lesion_ids.copy(), table.groups.copy()
+    ids[:2], groups[1:4] = ["test-0003", "test-0004"], ["test-0004", "test-0005", "test-0006"]
+    write_oof(folder / "oof.parquet", replace(table, lesion_ids=ids, groups=groups))
+    assert score(folder, truth, partial=True)["in_training"] == 3  # test-0003 has no truth
     assert not list(folder.glob("*submission*"))
 
 

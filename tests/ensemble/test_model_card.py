@@ -53,6 +53,7 @@ def test_card_names_the_test_score_the_data_and_the_stages(config):
         pass
     text = card_of(config)
     assert "On 20 lesions of a test set: **0.500 (0.400 to 0.600)**." in text
+    assert "test lesions have the id" not in text
     assert "`abc123`" in text and "130 labeled lesions, of 140 packed." in text
     assert text.index("SYNTHETIC data") < 200 and "Photos: generated, no license." in text
     assert re.search(r"\| crossval \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| 0 \| .* cores \| ", text)

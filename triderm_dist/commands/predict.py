@@ -151,7 +151,7 @@ def _score(config: PredictRun, truth: Mapping[str, int], folder: Path) -> None:
     """Score the results in a folder, print the score and send it to the trackers. truth: {lesion id: label}."""
     from triderm_dist.ensemble.artifact import read_task
     from triderm_dist.ensemble.predict import score
-    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, in_training
     from triderm_dist.monitoring.tracking import log_scores
 
     partial = config.data.test_truth is None
@@ -163,6 +163,8 @@ def _score(config: PredictRun, truth: Mapping[str, int], folder: Path) -> None:
     metric = f"held-out macro F1{' (official)' if task.submission else ''}"
     argmax = f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else ""
     print(wrapped(f"{metric} {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], {argmax}{result['n']} lesions"))
+    if count := result.get("in_training"):
+        print(wrapped(f"note: {in_training(count, result['n'])}; pack the test set without them"))
     found = {"macro F1": result["macro_f1"], "low": low, "high": high}
     scores = {f"{'refit ' if config.networks == 'refit' else ''}held out/{key}": value for key, value in found.items()}
     log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)

@@ -21,6 +21,7 @@ from triderm_dist.ensemble.run_files import (
     NESTED_FILE,
     OOF_FILE,
     STACKER,
+    in_training,
     read_held_out,
     read_nested,
 )
@@ -176,6 +177,8 @@ class _Card:
         if held := read_held_out(self.folder):
             low, high = held["interval"]
             yield f"On {held['n']:,} lesions of a test set: **{held['macro_f1']:.3f} ({low:.3f} to {high:.3f})**."
+            if count := held.get("in_training"):
+                yield from _paragraph(f"But {in_training(count, held['n'])}.")
         yield ""
         yield "| | macro F1, nested | 95% interval |"
         yield "| --- | ---: | ---: |"

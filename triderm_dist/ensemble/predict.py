@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.checksums import write_checked_json
+from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import fitted_stacker
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
@@ -19,6 +19,7 @@ from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import (
     ENSEMBLE_FILE,
     HELD_OUT_FILE,
+    OOF_FILE,
     PREDICTIONS_FILE,
     STACK_FILE,
     STACKER,
@@ -94,7 +95,8 @@ def score(
     """Score results by macro F1 of their decisions against {lesion id: label}, and write heldout.json beside them.
 
     macro_f1 is over the diagnoses in the truth, which `diagnoses` counts. `absent` names the others: a challenge's
-    scorer has no score then.
+    scorer has no score then. `in_training`, where there are any, counts the lesions whose id or group is that of a
+    lesion in oof.parquet, on which the networks were trained.
     partial: score the lesions with a truth only. folder: of the results, by default RUN. Raises DataError if a
     lesion of the results has no truth.
     """
@@ -107,10 +109,15 @@ def score(
         path = folder / result_files(task)[0]
         first = ids[int(np.argmin(known))]
         raise DataError(f"{path}: {(~known).sum()} lesions are not in the ground truth, the first is {first}")
+    trained_ids, trained_groups = _trained_on(run_folder / OOF_FILE)
     group_of: dict[str, str] = {}
     for rows in PredictionFile(folder / PREDICTIONS_FILE).tables(["lesion_id", "group"]):
         group_of.update(zip(rows["lesion_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
     groups = np.array([group_of[name] for name in ids], object)[known]
+    names = np.array(ids, object)[known]
+    in_training = sum(
+        name in trained_ids or group in trained_groups for name, group in zip(names, groups, strict=True)
+    )
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
     interval, classes = intervals.macro_f1(decisions, labels, groups), len(task.diagnoses)
     result = {
@@ -121,8 +128,21 @@ def score(
         "absent": [name for label, name in enumerate(task.diagnosis_names) if not (labels == label).any()],
         "diagnoses": dict(zip(task.diagnosis_names, np.bincount(labels, minlength=classes).tolist(), strict=True)),
     }
+    if in_training:
+        result["in_training"] = in_training
     write_checked_json(folder / HELD_OUT_FILE, result)
     return result
+
+
+def _trained_on(path: Path) -> list[set[str]]:
+    """Return the ids and the groups of the lesions in oof.parquet; none without the file, as in an exported run."""
+    if not path.exists():
+        return [set(), set()]
+    try:
+        table = read_checked_parquet(path, ["lesion_id", "group"])
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; run triderm crossval again") from None
+    return [{name for name in column.unique().to_pylist() if name} for column in table.columns]
 
 
 def _agree_in_order(files: Sequence[PredictionFile]) -> bool:

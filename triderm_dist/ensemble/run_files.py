@@ -102,6 +102,15 @@ class _HeldOutKeys(BaseModel):
     n: int
     absent: list[str]
     diagnoses: dict[str, int] = {}
+    in_training: int = 0
+
+
+def in_training(count: int, lesions: int) -> str:
+    """Say that `count` of the `lesions` of a test set may have been trained on."""
+    return (
+        f"{count:,} of {lesions:,} test lesions have the id or the group of a training lesion; where they are the same "
+        "lesions or patients, this score is too high"
+    )
 
 
 def read_held_out(folder: Path) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triderm_dist.ensemble.run_files import ENSEMBLE
+from triderm_dist.ensemble.run_files import ENSEMBLE, in_training
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Table, plural
@@ -39,6 +39,7 @@ def head(content: Content) -> Section:
             "nested": NESTED,
             "held_out": HELD_OUT if held else "",
             "absent": absent,
+            "in_training": in_training(held["in_training"], held["n"]) if held and held.get("in_training") else "",
             "rule": RULES[content.task.decision],
             "fitted_parts": fitted_parts(content),
             "best": best if best.nested.value > content.score.value else None,
