@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
-from triderm_dist.files import write_text
+from triderm_dist.files import why_no_folder, write_text
 from triderm_dist.runtime.redact import redact_tree, restore
 from triderm_dist.schema import ConfigError, one_line, quoted
 from triderm_dist.settings import (
@@ -1049,7 +1049,7 @@ def _settings_of_run(kind: type[Experiment], top: dict[str, Any]) -> dict[str, A
 
 def _why_no_run(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: no such folder"
+        return f"{folder}: {why_no_folder(folder)}"
     folds = sorted(folder.glob(f"*/fold-*/{CONFIG_FILE}"))
     advice = f"name a fold's settings instead: --config {folds[0]}" if folds else "name a folder that a run wrote"
     return f"{folder}: holds no {CONFIG_FILE}; {advice}"

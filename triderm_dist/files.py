@@ -172,6 +172,11 @@ def named(path: Path) -> Path:
     return path if path.name.strip(".") else Path(os.path.abspath(path))
 
 
+def why_no_folder(path: Path) -> str:
+    """Say why a path that should be a folder is none."""
+    return "is a file, not a folder" if path.exists() else "no such folder"
+
+
 def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:
     """Write a text file atomically."""
     with atomic_path(path, mode) as temporary:

@@ -165,6 +165,8 @@ def test_what_is_refused(trained_run, tmp_path, words, message):
 def test_settings_that_need_an_input(trained_run, tmp_path):
     with pytest.raises(ConfigError, match="tta: has an effect with input only"):
         predict(trained_run, "tta=1")
+    with pytest.raises(ConfigError, match=r"has no packed test set .*; name new photos by input, or a packed set by"):
+        predict(trained_run)
     with pytest.raises(ConfigError, match="output: without input the test set of the run is predicted"):
         predict(trained_run, f"output={tmp_path}")
 

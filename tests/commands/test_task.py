@@ -22,6 +22,8 @@ def clinic(folder: Path, patients: int = 30) -> Path:
     for patient in range(patients):
         for row in rows_of_photos()[:4]:
             extra = {"lesion": f"{row['lesion']}{patient}", "photo": f"{patient}{row['photo']}", "patient": patient}
+            if patient == 1:  # else the sex tells the diagnosis
+                extra["sex"] = "m"
             number = {"AGE": 20 + patient, "s_A": patient / 40, "s_b": patient / 50}
             rows.append({**row, **extra, **number, "dx_type": "x", "note": f"text {patient}", "empty": ""})
     return write(folder / "clinic", rows)
@@ -55,7 +57,9 @@ def test_init_describes_criteria_as_concepts_and_rounds_ranges_up(tmp_path: Path
             "streaks": ("absent", "irregular")[number % 2],
             "veil": ("Absent", "grey")[number % 2],
             "width_mm": number,
-            "family_history": ("yes", "no")[number % 2],
+            "family_history": ("yes", "no")[number % 3 == 0],
+            "waist": "wide" if number == 30 else number,
+            "stage": ("I", "II", "early", "late")[number % 4],
             "histology": "a",
         }
         for number in range(1, 31)
@@ -66,8 +70,27 @@ def test_init_describes_criteria_as_concepts_and_rounds_ranges_up(tmp_path: Path
     assert task.concepts.words == {"absent": 0, "irregular": 1, "grey": 1}
     assert "    grey: 1 # CHECK" in text and "    irregular: 1\n" in text
     assert {each.name: each.high for each in task.fields if each.is_number} == {"width_mm": 50}
+    assert '#   waist: numbers apart from "wide"; a field, if these are listed in missing_words' in text
+    assert "#   stage: each of its words has one diagnosis only; finer labels (fine)?" in text
     assert "family_history" in [each.name for each in task.fields]
     assert "#   histology: it may follow from the diagnosis" in text
+
+
+def test_init_reads_german_words_and_shows_commands_as_a_shell_takes_them(tmp_path, capsys) -> None:
+    rows = [
+        {"Läsion": f"L{number // 2}", "Bild": f"{number}.jpg", "Art": ("Übersicht", "Auflicht")[number % 2],
+         "dx": "xy"[number // 2 % 2]}
+        for number in range(20)
+    ]  # fmt: skip
+    folder = write(tmp_path / "Häute & Mäler", rows, [row["Bild"] for row in rows])
+    main(["init", str(folder)])
+    assert capsys.readouterr().out.rstrip().endswith(f"triderm task check '{folder}'")
+    task = load_task(folder / "task.yaml")
+    assert (task.name, task.columns.view, task.columns.lesion_id) == ("haute_maler", "Art", "Läsion")
+    (folder / "table.csv").write_text((folder / "table.csv").read_text().replace("Auflicht", "Foto"))
+    main(["init", str(folder), f"output={tmp_path / 'own.yaml'}"])
+    text = (tmp_path / "own.yaml").read_text()
+    assert "CHECK: every photo is a lesion; if a column tells the views of a Läsion, name it: view=COLUMN" in text
 
 
 def test_init_names_a_shipped_task_with_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +108,7 @@ def test_check_lists_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(DataError, match="row 2: unknown sex 'woman'"):
         main(["check", str(folder), f"task={tmp_path / 'own.yaml'}"])
     shown = capsys.readouterr().out
-    assert "59 lesions in 30 groups" in shown and "problem: " in shown
+    assert "59 lesions in 30 groups" in shown and "problem: " in shown and "more problem" not in shown
     rows = [line.split() for line in shown.splitlines()]
     assert ["age", "AGE", "number", "0", "0"] in [row[:5] for row in rows]
     assert ["sex", "sex", "category", "0", "1"] in [row[:5] for row in rows]
@@ -190,3 +213,20 @@ def test_init_describes_ham10000_as_the_shipped_task_does(tmp_path: Path) -> Non
     }
     assert own.fields[1:] and own.fields[2].categories == shipped.fields[2].categories
     main(["check", str(HAM), f"task={tmp_path / 'task.yaml'}"])
+
+
+def test_check_tells_of_lesions_with_one_photo_and_of_more_problems(tmp_path: Path, capsys) -> None:
+    folder = clinic(tmp_path)
+    main(["init", str(folder)])
+    lines = (folder / "table.csv").read_text().splitlines(keepends=True)
+    (folder / "table.csv").write_text("".join(lines[:-1]))
+    main(["check", str(folder)])
+    assert "note: lesions with one photo are packed by missing_view=mark only" in capsys.readouterr().out
+    at = lines[0].split(";").index("AGE")
+    cells = [line.split(";") for line in lines]
+    (folder / "table.csv").write_text("".join(";".join([*row[:at], "x", *row[at + 1 :]]) for row in cells[1:25]))
+    (folder / "table.csv").write_text(lines[0] + (folder / "table.csv").read_text())
+    with pytest.raises(DataError, match=r"correct it, or list it under missing_words in task\.yaml"):
+        main(["check", str(folder)])
+    shown = capsys.readouterr().out
+    assert shown.count("problem: ") == 10 and "14 more problems; triderm pack lists all" in shown

@@ -5,6 +5,7 @@ triderm download output=MILK10k
 About 345 MB. The photos are CC BY-NC 4.0. Exit status 3: interrupted or server unreachable, rerun the command.
 """
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +53,8 @@ def main(config: DownloadConfig) -> None:
         timeout=config.timeout,
     )
     for part in parts:
-        print(f"next: triderm pack source={folder / FILES[part][0]} output=runs/milk10k/shards/{part}")
+        words = ["triderm", "pack", f"source={folder / FILES[part][0]}", f"output=runs/milk10k/shards/{part}"]
+        print(f"next: {shlex.join(words)}")
 
 
 def start() -> None:

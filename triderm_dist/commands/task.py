@@ -8,11 +8,12 @@ triderm task check FOLDER task=my_task.yaml
 
 `init` looks at the tables and photos and writes FOLDER/task.yaml; columns need to be named only where it does not
 recognize them. `check` reads the folder as triderm pack would and shows every field, the diagnoses, views and groups,
-and all problems.
+and the first problems.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from triderm_dist.cli import run_words
 from triderm_dist.files import write_text
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import ConfigError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, task_names
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 ROLES = ("diagnosis", "lesion_id", "group", "view")
 """Roles of columns that the user may name if the columns' names do not tell them."""
+
+MAX_PROBLEMS = 10
+"""Problems that triderm task check lists."""
 
 
 def main(arguments: list[str]) -> None:
@@ -62,11 +67,12 @@ def init(folder: Path, output: Path, roles: Mapping[str, str]) -> None:
     text = describe_folder(folder, roles)
     task = Task.from_mapping(parse_yaml(text, str(output)), str(output))
     write_text(output, text)
-    marks, own = text.count("CHECK") - 1, "" if output == folder / TASK_FILE else f" task={output}"
+    marks, own = text.count("CHECK") - 1, [] if output == folder / TASK_FILE else [f"task={output}"]
     print(f"{output}: {len(task.diagnoses)} diagnoses, {len(task.fields)} fields, views {', '.join(task.view_names)}")
-    print(f"confirm the {marks} line(s) marked CHECK; then: triderm task check {folder}{own}")
+    command = ["triderm", "task", "check", str(folder)]
+    print(f"confirm the {counted(marks, 'line')} marked CHECK; then: {shlex.join([*command, *own])}")
     for name in shipped_tasks_of(folder, task):
-        print(f"the columns are those of {name}, a task that ships: triderm task check {folder} task={name}")
+        print(f"the columns are those of {name}, a task that ships: {shlex.join([*command, f'task={name}'])}")
 
 
 def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
@@ -108,8 +114,12 @@ def check(folder: Path, setting: str | None) -> None:
     print(f"concepts: {', '.join(dataset.concepts) or 'none'}")
     for note in dataset.notes:
         print(f"note: {note}")
-    for problem in dataset.problems[:10]:
+    if len(task.views) > 1 and min(photos.values()) < len(dataset.lesions):
+        print("note: lesions with one photo are packed by missing_view=mark only, in a pipeline data.missing_view=mark")
+    for problem in dataset.problems[:MAX_PROBLEMS]:
         print(f"problem: {problem}")
+    if (more := len(dataset.problems) - MAX_PROBLEMS) > 0:
+        print(f"{counted(more, 'more problem')}; triderm pack lists all in OUTPUT.problems.csv")
     if dataset.problems:
         raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
 

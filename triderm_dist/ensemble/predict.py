@@ -115,9 +115,7 @@ def score(
         group_of.update(zip(rows["lesion_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
     groups = np.array([group_of[name] for name in ids], object)[known]
     names = np.array(ids, object)[known]
-    in_training = sum(
-        name in trained_ids or group in trained_groups for name, group in zip(names, groups, strict=True)
-    )
+    in_training = sum(name in trained_ids or group in trained_groups for name, group in zip(names, groups, strict=True))
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
     interval, classes = intervals.macro_f1(decisions, labels, groups), len(task.diagnoses)
     result = {

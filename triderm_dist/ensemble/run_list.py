@@ -12,6 +12,7 @@ from triderm_dist.config import CONFIG_FILE
 from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, read_held_out
 from triderm_dist.environment import read_environment
+from triderm_dist.files import why_no_folder
 from triderm_dist.intervals import Interval
 from triderm_dist.schema import DataError
 
@@ -44,7 +45,7 @@ def find_runs(folder: Path) -> list[RunSummary]:
     Raises DataError if there is no such folder.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; name the one that holds your runs")
+        raise DataError(f"{folder}: {why_no_folder(folder)}; name the one that holds your runs")
     runs = [summarize_run(each) for each in _run_folders(folder, DEPTH)]
     return sorted(runs, key=lambda run: (run.score is None, -(run.score.value if run.score else 0), str(run.folder)))
 

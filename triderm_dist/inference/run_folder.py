@@ -16,6 +16,7 @@ from triderm_dist.ensemble.artifact import read_task
 from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 from triderm_dist.ensemble.stack_inputs import check_refit
+from triderm_dist.files import why_no_folder
 from triderm_dist.schema import DataError, Signature, Task
 from triderm_dist.tasks import recorded_task
 
@@ -54,7 +55,7 @@ def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
     is not fitted or does not take these networks, CheckpointError for a fold.json that is damaged.
     """
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder; give the folder of a run, a zip of it, or hf-hub:USER/NAME")
+        raise DataError(f"{path}: {why_no_folder(path)}; give the folder of a run, a zip of it, or hf-hub:USER/NAME")
     if not (path / CONFIG_FILE).is_file():
         raise DataError(f"{path}: has no {CONFIG_FILE}; give the folder of a run, such as runs/demo")
     experiment = load_run(Experiment, path)

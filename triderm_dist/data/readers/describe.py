@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,16 @@ from triderm_dist.data.readers.csv_file import NotUtf8
 from triderm_dist.data.readers.find_photos import PhotoFinder, photo_name
 from triderm_dist.data.readers.table import Table, find_tables, read_table
 from triderm_dist.data.readers.workbook import SeveralSheets
+from triderm_dist.files import why_no_folder
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import DataError, TableFormat, did_you_mean
 
 MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100
+LEAST_ROWS = 4
+"""Rows per word, on average, of a column of which each word has one diagnosis only, to take that for no chance."""
+MAX_WORDS = 3
+"""Texts that are no numbers in a column of numbers, which may mean a missing value."""
 _LIKELY = {
     "diagnosis": (r"dx", r"diagnos(is|tic|is_1)", r"diagn\w*", r"label|class|target|category"),
     "lesion_id": (r"lesion_id|lesion", r"l(e|é|ä|ae)si(o|ó)n\w*", r"case_num|case_id|case"),
@@ -33,8 +40,8 @@ _NOT_INPUTS = re.compile(
 )
 """Columns that follow from the diagnosis or are written after it, which would leak the label."""
 _DERMOSCOPIC, _CLINICAL = (
-    re.compile("derm", re.IGNORECASE),
-    re.compile("clin|klin|close|nah|ma[ck]ro|phone|camera|kamera|overview", re.IGNORECASE),
+    re.compile("derm|auflicht", re.IGNORECASE),
+    re.compile("clin|klin|close|nah|ma[ck]ro|phone|camera|kamera|overview|übersicht", re.IGNORECASE),
 )
 _MALIGNANT = re.compile(
     r"mel|melanoma.*|bcc|basal.?cell.*|scc|sccka|squamous.*|akiec|ack?|actinic.?keratosis|.*malignan.*|.*carcinoma.*",
@@ -72,7 +79,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
     no column looks like a diagnosis.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the folder that holds the table and the photos")
+        raise DataError(f"{folder}: {why_no_folder(folder)}; give the folder that holds the table and the photos")
     photos = PhotoFinder([folder]).names
     if not photos:
         raise DataError(f"{folder}: no photo ({READ_FORMATS}) in this folder")
@@ -88,7 +95,9 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
     columns = _identifying_columns(table, unused, given, several_views=bool(view) or len(images) == 2)
     diagnosis, diagnoses = _diagnoses(table, unused, given)
-    name = re.sub(r"[^a-z0-9_]+", "_", folder.resolve().name.lower()).strip("_")
+    finer = {name for name in unused if diagnosis and _tells(table, name, diagnosis)}
+    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^a-z0-9_]+", "_", plain.lower()).strip("_")
     lines = [
         f"# Described from {table.path.name} ({len(table)} rows) and {len(photos)} photos. Confirm what says CHECK.",
         f"name: {name or 'task'}",
@@ -99,7 +108,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         "",
         "views:",
         *views,
-        *_input_lines(unused),
+        *_input_lines(unused, finer),
         "",
         *_format_lines(table.form),
         "columns:",
@@ -119,21 +128,33 @@ def _identifying_columns(
     table: Table, unused: dict[str, _Column], given: Mapping[str, str], several_views: bool
 ) -> dict[str, str]:
     """Remove the columns of groups and lesions from `unused`; return their YAML lines, by key of `columns`."""
-    group, lesion = _take(unused, "group", given), _take(unused, "lesion_id", given)
+    group, lesion, several = _take(unused, "group", given), _take(unused, "lesion_id", given), ""
     if lesion and not several_views and len(set(table.cells[lesion].to_pylist())) < len(table):
         # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
+        several = f"CHECK: every photo is a lesion; if a column tells the views of a {lesion}, name it: view=COLUMN"
         group, lesion = group or lesion, None
     no_group = "null # CHECK: no column of patients was found; lesions of one patient may be in several folds"
     return {
-        "lesion_id": f"  lesion_id: {_text(lesion)}" + ("" if lesion else " # every photo is a lesion"),
+        "lesion_id": f"  lesion_id: {_text(lesion)}" + ("" if lesion else f" # {several or 'every photo is a lesion'}"),
         "group": f"  group: {_text(group)} # never split over folds" if group else f"  group: {no_group}",
     }
 
 
-def _input_lines(unused: dict[str, _Column]) -> list[str]:
-    """Return the YAML lines of the concepts and fields, and comments on the columns that are left out."""
+def _tells(table: Table, name: str, diagnosis: str) -> bool:
+    """Return whether a few words of a column, each in several rows, tell the diagnosis of every row that has one."""
+    rows = Counter(zip(table.cells[name].to_pylist(), table.cells[diagnosis].to_pylist(), strict=True))
+    known = {pair: count for pair, count in rows.items() if not any(map(is_missing, pair))}
+    words, labels = (len({pair[at] for pair in known}) for at in (0, 1))
+    return labels > 1 and len(known) == words and LEAST_ROWS * words <= sum(known.values())
+
+
+def _input_lines(unused: dict[str, _Column], finer: set[str]) -> list[str]:
+    """Return the YAML lines of the concepts and fields, and comments on the columns that are left out.
+
+    finer: columns that tell the diagnosis.
+    """
     concepts = _concept_prefix(unused) or _criteria(unused)
-    fields, not_used = _fields(unused)
+    fields, not_used = _fields(unused, finer)
     why = "# Columns that are left out; add a field for what is known before the diagnosis:"
     return [
         *(["", *concepts] if concepts else []),
@@ -282,7 +303,7 @@ def _diagnosis_lines(words: Mapping[str, int]) -> list[str]:
         if name.lower() != word.lower():
             keys |= {"title": _text(word), "words": f"[{_text(word)}]"}
         check = " CHECK: malignant?" if malignant == "null" else ""
-        lines += _entry(keys | {"malignant": malignant}, f"{count} rows{check}")
+        lines += _entry(keys | {"malignant": malignant}, f"{counted(count, 'row')}{check}")
     return lines
 
 
@@ -327,7 +348,7 @@ def _criteria(unused: dict[str, _Column]) -> list[str]:
     ]
 
 
-def _fields(unused: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
+def _fields(unused: Mapping[str, _Column], finer: set[str]) -> tuple[list[str], list[str]]:
     """Return the YAML lines of the fields, and comments on the columns that are left out."""
     fields, not_used, names = [], [], set[str]()
     for column in unused.values():
@@ -337,6 +358,8 @@ def _fields(unused: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
         keys = {"name": name, "column": _text(column.name)}
         if _NOT_INPUTS.search(column.name):
             not_used.append(f"#   {column.name}: it may follow from the diagnosis")
+        elif column.name in finer:
+            not_used.append(f"#   {column.name}: each of its words has one diagnosis only; finer labels (fine)?")
         elif column.name.startswith("(column "):
             not_used.append(f"#   {column.name}: it has no name")
         elif len(counts) < 2:
@@ -351,10 +374,18 @@ def _fields(unused: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
         elif len(counts) <= MAX_CATEGORIES and 2 * len(counts) <= counts.total():
             fields += _entry(keys | {"kind": "category"}, "", _categories(counts))
         else:
-            not_used.append(f"#   {column.name}: {len(counts)} different texts")
+            not_used.append(f"#   {column.name}: {_why_no_field(counts)}")
             continue
         names.add(name)
     return fields, not_used
+
+
+def _why_no_field(counts: Counter[str]) -> str:
+    """Say why a column is neither numbers nor a few categories."""
+    words = [text for text in counts if parse_number(text.removesuffix("+")) is None]
+    if len(words) <= MAX_WORDS and sum(counts[word] for word in words) < counts.total() / 2:
+        return f"numbers apart from {', '.join(map(json.dumps, words))}; a field, if these are listed in missing_words"
+    return f"{len(counts)} different texts"
 
 
 def _above(number: float) -> float:
@@ -384,7 +415,8 @@ def _entry(keys: Mapping[str, str], comment: str, categories: Mapping[str, int] 
     if len(short) <= _WIDTH:
         return [short]
     if categories:
-        lines += ["categories:", *(f"  - {_text(word)} # {count} rows" for word, count in categories.items())]
+        lines.append("categories:")
+        lines += [f"  - {_text(word)} # {counted(count, 'row')}" for word, count in categories.items()]
     else:
         lines[0] += f" # {comment}"
     return [f"  - {lines[0]}", *(f"    {line}" for line in lines[1:])]

@@ -87,8 +87,8 @@ class ParsedColumns:
             try:
                 return parse_field(about, text, words)
             except ValueError as error:
-                advice = "" if about.is_number else f", list it under synonyms of {about.name}"
-                raise ValueError(f"{error}; correct it{advice} or under missing_words in task.yaml") from None
+                other = ", or list it" if about.is_number else f", list it under synonyms of {about.name} or"
+                raise ValueError(f"{error}; correct it{other} under missing_words in task.yaml") from None
 
         found = self._parsed(about.column, parse, "cell", (about.low, about.high) if about.is_number else None)
         if not about.is_number:

@@ -13,6 +13,7 @@ from triderm_dist.data.shards.open import is_url
 from triderm_dist.data.shards.publish import RemoteFolder
 from triderm_dist.data.shards.scan_tar import TarFile
 from triderm_dist.data.threads import map_in_order
+from triderm_dist.files import why_no_folder
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import ConfigError, DataError, Task, printable
 from triderm_dist.tasks import TASK_FILE, load_task
@@ -69,7 +70,7 @@ def _in_folder(folder: str) -> tuple[list[TarFile], list[str], bool]:
     """Return the tars of a folder, the names of other tars, and whether triderm pack has written it."""
     path = Path(folder)
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder; give the folder that holds the WebDataset tars")
+        raise DataError(f"{path}: {why_no_folder(path)}; give the folder that holds the WebDataset tars")
     if _was_packed(path / INDEX):
         return [], [], True
     tars = []

@@ -51,7 +51,7 @@ from triderm_dist.data.shards.format import (
 )
 from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_json
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import file_sha256, json_text
+from triderm_dist.files import file_sha256, json_text, why_no_folder
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task
 from triderm_dist.tasks import milk10k_task, recorded_task
 
@@ -296,7 +296,7 @@ def read_index(
 def _read_raw(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's index.json. Raises DataError where it is missing or of another version."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; create it by triderm pack")
+        raise DataError(f"{folder}: {why_no_folder(folder)}; create it by triderm pack")
     path = folder / INDEX
     if not path.is_file():
         raise DataError(
