@@ -9,12 +9,14 @@ counts the system calls on files of the set, and on those of the node's own disk
 columns that the ranks of a node share. Opens and stats go by path; MB are those read, without pages of mapped files.
 
 The set lies on a network disk, with and without a window of shuffling, or behind a URL: there a shard is fetched as a
-hole of its size, and requests are counted. The ranks run one after the other, so nobody waits for another's files. The
-last line is one JSON object.
+hole of its size, and requests are counted. The ranks start one after the other, so nobody waits for another's files,
+but the first of a node runs on, as it does in a training: what a node checks once is checked as long. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,37 +66,41 @@ def main(config: RankFiles) -> None:
         return as_rank(config, Path(config.scratch or "."))
     if not shutil.which("strace"):
         sys.exit("strace: not installed; this program counts system calls with it")
-    results: dict[str, dict[str, dict[str, Counter[str]]]] = {}
+    results: dict[str, dict[str, Mapping[str, Counter[str]]]] = {}
     with tempfile.TemporaryDirectory(dir=config.scratch) as name:
         folder = Path(name)
         write_simulated_set(folder / "set", config.lesions, config.shard_samples)
         nodes = config.world // config.per_node
-        each = ((0, 1), (config.per_node, nodes - 1), (config.per_node + 1, config.world - nodes))
+        each = {0: 1, config.per_node: nodes - 1, config.per_node + 1: config.world - nodes}  # how many each stands for
         for case in config.cases:
-            shutil.rmtree(folder / "node", ignore_errors=True)
-            results[case] = {}
-            for role, (rank, count) in zip(ROLES, each, strict=False):
-                if rank == config.per_node:  # of another node, whose disk is empty
-                    shutil.rmtree(folder / "node", ignore_errors=True)
-                (folder / "node").mkdir(exist_ok=True)
-                results[case][role] = found = counted(config, case, rank, folder)
-                total = results[case].setdefault(ROLES[-1], {})
-                for where, counts in found.items():
+            found: list[dict[str, Counter[str]]] = []
+            for ranks in ((0,), (config.per_node, config.per_node + 1)):  # of two nodes, whose disks are empty
+                shutil.rmtree(folder / "node", ignore_errors=True)
+                (folder / "node").mkdir()
+                with contextlib.ExitStack() as running:
+                    found += [running.enter_context(counted(config, case, rank, folder)) for rank in ranks]
+            total: dict[str, Counter[str]] = {}
+            for own, count in zip(found, each.values(), strict=True):
+                for where, counts in own.items():
                     for key, value in counts.items():
                         total.setdefault(where, Counter())[key] += value * count
+            results[case] = dict(zip(ROLES, [*found, total], strict=True))
             print_table(case, results[case])
-    total = results[config.cases[0]][ROLES[-1]]
     if config.output:
         config.output.write_text(json.dumps({"settings": config.model_dump(mode="json"), "cases": results}, indent=1))
+    at_start = results[config.cases[0]][ROLES[-1]]
     print(json.dumps({"world": config.world, "lesions": config.lesions, **{
-        f"start_{kind}": round(sum(total.get(f"set, {phase}", {}).get(kind, 0) for phase in ("open", "plan")))
+        f"start_{kind}": round(sum(at_start.get(f"set, {phase}", {}).get(kind, 0) for phase in ("open", "plan")))
         for kind in KINDS
     }}))  # fmt: skip
 
 
-def counted(config: RankFiles, case: str, rank: int, folder: Path) -> dict[str, Counter[str]]:
-    """Run one rank under strace; return its counts by place (set or node) and phase."""
-    trace = folder / "trace.txt"
+@contextlib.contextmanager
+def counted(config: RankFiles, case: str, rank: int, folder: Path) -> Iterator[dict[str, Counter[str]]]:
+    """Run one rank under strace; return its counts by place (set or node) and phase, which are filled when it ends, at
+    the end of the context.
+    """
+    trace = folder / f"trace-{rank}.txt"
     words = [f"{key}={getattr(config, key)}" for key in ("world", "per_node", "shard_samples", "per_rank", "window")]
     command = [
         "strace", "-f", "--seccomp-bpf", "-qq", "-y", "-s", "0", "-o", str(trace), "-e",
@@ -104,18 +110,25 @@ def counted(config: RankFiles, case: str, rank: int, folder: Path) -> dict[str, 
     variables = {"RANK": rank, "LOCAL_RANK": rank % config.per_node, "WORLD_SIZE": config.world,
                  "LOCAL_WORLD_SIZE": config.per_node, "XDG_CACHE_HOME": folder / "node"}  # fmt: skip
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"rank {rank} of case {case} ended with {done.returncode}")
+    counts: dict[str, Counter[str]] = {}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        requests = next((line for line in process.stdout if line.startswith("{")), None)
+        if requests is not None:
+            yield counts
+        process.stdin.close()
+    if process.returncode or requests is None:
+        sys.exit(f"rank {rank} of case {case} ended with {process.returncode}")
     with trace.open(errors="replace") as file:
         # Behind a URL the files of the set are requests, which the rank counts.
         places = {} if case == "url" else {"set": f"{folder}/set/"}
-        counts = count_calls(file, {**places, "node": f"{folder}/node/"})
+        counts.update(count_calls(file, {**places, "node": f"{folder}/node/"}))
     trace.unlink()
-    for phase, requests in json.loads(done.stdout.splitlines()[-1]).items():
-        if requests:
-            counts.setdefault(f"set, {phase}", Counter()).update(requests)
-    return counts
+    for phase, made in json.loads(requests).items():
+        if made:
+            counts.setdefault(f"set, {phase}", Counter()).update(made)
 
 
 def count_calls(lines: Iterable[str], places: Mapping[str, str]) -> dict[str, Counter[str]]:
@@ -161,7 +174,9 @@ def _short(value: float) -> str:
 
 
 def as_rank(config: RankFiles, folder: Path) -> None:
-    """Open, plan and read as the rank that the environment names; print the requests of each phase."""
+    """Open, plan and read as the rank that the environment names; print the requests of each phase, and end when
+    standard input does.
+    """
     from triderm_dist.config import DataConfig, RemoteConfig
     from triderm_dist.data.photo_source import PhotoSource
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -212,7 +227,8 @@ def as_rank(config: RankFiles, folder: Path) -> None:
             done(number + 1)
     source.close()
     begin("end")
-    print(json.dumps(requests))
+    print(json.dumps(requests), flush=True)
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
