@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
     from triderm_dist.data.shards.pack import pack_shards
     from triderm_dist.runtime.memory import return_freed_memory
 
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # for the columns of the set
     before = _memory("VmRSS")
     dataset, hashes = hash_groups(read_tables(n, folder), folder / "out")
     return_freed_memory()  # as packing begins with

@@ -10,12 +10,12 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 13
 """Texts in a block."""
 
 
 class Texts(Sequence[str]):
-    """A list of texts in blocks of 65,536; each block stores the common prefix and suffix of its texts once.
+    """A list of texts in blocks of 8,192; each block stores the common prefix and suffix of its texts once.
 
     A text takes the bytes between them, and 4 more in blocks whose texts differ in length. File names that are not
     valid UTF-8 are kept (`os.fsencode`).

@@ -104,6 +104,7 @@ def pack_shards(
     except OSError as error:
         name = error.filename or part
         raise DataError(f"{name}: {error.strerror or error}; fix that and rerun the same command to resume") from None
+    return_freed_memory()  # of writing the index
     return open_index(packer.url or packer.folder, RemoteConfig())
 
 
