@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,6 +25,7 @@ from triderm_dist.predictions import (
     read_oof,
     read_predictions,
     row_slice,
+    rows_of,
     write_gathered,
     write_oof,
     write_predictions,
@@ -50,6 +52,13 @@ def rewrite(path: Path, **change) -> None:
     old = read_predictions(path)
     new = {name: value(getattr(old, name).copy()) if callable(value) else value for name, value in change.items()}
     write_predictions(path, replace(old, **new), split=new.get("split", old.split))
+
+
+def test_rows_of_lesions_are_found_in_any_order() -> None:
+    ids = np.array(["b", "ä", "a", "c"], object)
+    for table in (ids, ids.tolist(), pa.array(ids, pa.large_string())):
+        assert rows_of(np.array(["c", "x", "ä", "c"], object), table).tolist() == [3, -1, 1, 3]
+        assert rows_of([], table).tolist() == [] and rows_of(["a"], table[:0]).tolist() == [-1]
 
 
 def test_prediction_file_round_trip(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Distinct units of lesions and groups."""
 
 import numpy as np
+import pytest
 
 from triderm_dist import intervals
 from triderm_dist.intervals.units import count_units
@@ -15,6 +16,15 @@ def test_groups_are_numbered_in_the_order_of_their_names() -> None:
         np.testing.assert_array_equal(
             numbers, intervals.group_numbers(groups.astype(str) if values[0] == "b" else groups.astype(int))
         )
+
+
+@pytest.mark.parametrize("values", [[], [0], [7, 3, 3, 0], [2, 10**9, 2], [-1, 5, -1]])
+def test_groups_as_integers_are_numbered_in_their_order(values: list[int]) -> None:
+    groups = np.array(values, np.int64)
+    numbers = intervals.group_numbers(groups)
+    np.testing.assert_array_equal(numbers, np.unique(groups, return_inverse=True)[1])
+    assert numbers.dtype == np.int64
+    np.testing.assert_array_equal(intervals.group_numbers(numbers.astype(np.int32)), numbers)
 
 
 def test_units_are_the_distinct_sums_of_counts_over_groups() -> None:

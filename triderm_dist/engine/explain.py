@@ -24,7 +24,7 @@ from triderm_dist.models import network_class
 from triderm_dist.models.attention import AttentionMaps, semantic_values
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.models.trimodal import TriModal
-from triderm_dist.predictions import NO_FOLD
+from triderm_dist.predictions import NO_FOLD, rows_of
 from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError, Task
 
 
@@ -43,9 +43,9 @@ def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterato
         if not remaining or not (is_url(shards) or (Path(shards) / INDEX).exists()):
             continue
         index = open_index(shards, experiment.data.remote)
-        row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
-        rows = [row_of[lesion] for lesion in remaining if lesion in row_of]
-        remaining = [lesion for lesion in remaining if lesion not in row_of]
+        found = rows_of(remaining, index.lesion_ids.column).tolist()
+        rows = [row for row in found if row >= 0]
+        remaining = [lesion for lesion, row in zip(remaining, found, strict=True) if row < 0]
         for name in names if rows else ():
             for maps in _attention_maps(experiment, index, name, rows, test):
                 yield name, index.task, maps
@@ -69,8 +69,9 @@ def out_of_fold_attention(experiment: Experiment, lesion_ids: Sequence[str]) -> 
     if not names or not lesion_ids:
         return {}
     index = open_index(experiment.train_shards, experiment.data.remote)
-    row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
-    rows = [row_of[lesion] for lesion in lesion_ids]
+    rows = rows_of(lesion_ids, index.lesion_ids.column).tolist()
+    if -1 in rows:
+        raise DataError(f"{experiment.train_shards}: has no lesion {lesion_ids[rows.index(-1)]}; pack its data again")
     return {maps.lesion_id: maps for maps in _attention_maps(experiment, index, names[0], rows, test=False)}
 
 

@@ -16,7 +16,7 @@ from triderm_dist.checksums import DamagedFile, matrix_of, read_checked_parquet,
 from triderm_dist.ensemble.alignment import aligned_mean, aligned_rows, load_alignments
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE
-from triderm_dist.predictions import NO_FOLD, OofTable, Predictions
+from triderm_dist.predictions import NO_FOLD, OofTable, Predictions, rows_of
 from triderm_dist.schema import DataError
 
 MIN_LOG_PROBABILITY = -20.0
@@ -128,7 +128,7 @@ def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str
     """
     try:
         table = read_checked_parquet(path, kinds={"lesion_id": "text", "columns": "lists"})
-        row_of = {lesion: row for row, lesion in enumerate(table["lesion_id"].to_pylist())}
+        rows = rows_of(lesion_ids, table["lesion_id"].to_pylist())
         values = matrix_of(table, "columns")
         source = (table.schema.metadata or {})[b"tower"].decode()
     except FileNotFoundError:
@@ -137,6 +137,6 @@ def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str
         raise DataError(f"{path}: {error}; delete it and run triderm embed again") from None
     except (KeyError, UnicodeDecodeError):
         raise DataError(f"{path}: not a file of embeddings; run triderm embed again") from None
-    if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
-        raise DataError(f"{path}: has no lesion {absent[0]}; run triderm embed again")
-    return np.asarray(values[[row_of[lesion] for lesion in lesion_ids]], np.float32), source
+    if (absent := np.flatnonzero(rows < 0)).size:
+        raise DataError(f"{path}: has no lesion {lesion_ids[absent[0]]}; run triderm embed again")
+    return np.asarray(values[rows], np.float32), source

@@ -35,6 +35,7 @@ from triderm_dist.predictions.rows import (
     Predictions,
     labeled,
     row_slice,
+    rows_of,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "read_predictions",
     "read_transforms",
     "row_slice",
+    "rows_of",
     "write_gathered",
     "write_oof",
     "write_predictions",

@@ -14,7 +14,7 @@ from triderm_dist.checksums import (
 )
 from triderm_dist.predictions.files import LISTS, OUTPUTS, PredictionFile, as_lists, file_header, group_rows
 from triderm_dist.predictions.gathering import DataSplit, Gathered, mismatch
-from triderm_dist.predictions.rows import NO_FOLD, OUT_OF_FOLD, OofTable, Predictions, single
+from triderm_dist.predictions.rows import NO_FOLD, OUT_OF_FOLD, OofTable, Predictions, rows_of, single
 from triderm_dist.schema import DataError
 
 PARTS = (25, 50)
@@ -149,10 +149,10 @@ class OofFile:
         keys = OUTPUTS[:1] if logits_only else OUTPUTS if features else OUTPUTS[:3]
         if lesion_ids is None:
             return self._gathered.table(keys)
-        row_of = {lesion: row for row, lesion in enumerate(self.scalars.lesion_ids)}
-        if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
-            raise DataError(f"{self.path}: has no lesion {absent[0]}; run triderm crossval again")
-        return self._gathered.table(keys, np.array([row_of[lesion] for lesion in lesion_ids], np.int64))
+        rows = rows_of(lesion_ids, self.scalars.lesion_ids)
+        if (absent := np.flatnonzero(rows < 0)).size:
+            raise DataError(f"{self.path}: has no lesion {lesion_ids[absent[0]]}; run triderm crossval again")
+        return self._gathered.table(keys, rows)
 
 
 def _named_by_lesion(groups: np.ndarray, lesion_ids: np.ndarray) -> np.ndarray:
@@ -187,13 +187,13 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         seen.add(key)
         if difference := mismatch(part, first):
             raise DataError(f"test predictions of {key[0]} are for {difference} than the first file's")
-        row_of = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
-        if len(row_of) != len(part) or set(row_of) != set(ids):
+        rows = rows_of(ids, part.lesion_ids)
+        if len(part) != len(ids) or (np.sort(rows) != np.arange(len(ids))).any():
             raise DataError(
                 f"test predictions of {key[0]} ({key[1][:12]}) hold other lesions than the first file; "
                 "run triderm predict again"
             )
-        by_model.setdefault(key[0], []).append((part, np.array([row_of[lesion] for lesion in ids], np.int64)))
+        by_model.setdefault(key[0], []).append((part, rows))
 
     def mean(name: str, model: str) -> np.ndarray:
         return np.asarray(np.mean([getattr(part, name)[order] for part, order in by_model[model]], axis=0))

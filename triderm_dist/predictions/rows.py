@@ -132,6 +132,19 @@ class OofTable:
         )
 
 
+def rows_of(wanted: Sequence[str] | np.ndarray, lesion_ids: Any) -> np.ndarray:
+    """Return the row (n,) int64 of each wanted lesion, -1 for one that is not there.
+
+    wanted: (n,) text.  lesion_ids: of all rows, (N,) text or a large_string array.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    names = pa.array(wanted, pa.large_string())
+    ids = lesion_ids if isinstance(lesion_ids, pa.Array) else pa.array(lesion_ids, pa.large_string())
+    return np.asarray(pc.index_in(names, ids).fill_null(-1).to_numpy(), np.int64)
+
+
 def labeled(table: OofTable) -> np.ndarray:
     """Return (N,) bool: lesions whose diagnosis is known."""
     return table.labels != UNLABELED

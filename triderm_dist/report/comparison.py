@@ -18,6 +18,7 @@ import numpy as np
 from triderm_dist import intervals
 from triderm_dist.intervals import Interval
 from triderm_dist.metrics import METRICS, macro_f1
+from triderm_dist.predictions import rows_of
 from triderm_dist.report.content import Content
 from triderm_dist.schema import DataError, InputError, Task
 from triderm_dist.settings import flatten, parse_yaml, untyped
@@ -233,13 +234,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _aligned(content: Content, name: str, first: Content) -> ComparedRun:
     """Return a run with its lesions in the order of the first. Raises DataError where lesions or labels differ."""
     rows, wanted = content.rows, first.rows
-    row_of = {lesion: row for row, lesion in enumerate(rows.lesion_ids)}
-    if missing := [lesion for lesion in wanted.lesion_ids if lesion not in row_of]:
-        raise DataError(_other_lesions(content, first, missing))
-    if len(row_of) > len(wanted.lesion_ids):
-        extra = sorted(set(row_of) - set(wanted.lesion_ids))
+    order = rows_of(wanted.lesion_ids, rows.lesion_ids)
+    if (order < 0).any():
+        raise DataError(_other_lesions(content, first, wanted.lesion_ids[order < 0]))
+    if len(rows.lesion_ids) > len(order):
+        extra = np.sort(np.delete(rows.lesion_ids, order))
         raise DataError(_other_lesions(first, content, extra))
-    order = np.array([row_of[lesion] for lesion in wanted.lesion_ids])
     if (differs := np.flatnonzero(rows.labels[order] != wanted.labels)).size:
         raise DataError(
             f"{content.folder}: lesion {wanted.lesion_ids[differs[0]]} has another label than in {first.folder} "
@@ -251,7 +251,7 @@ def _aligned(content: Content, name: str, first: Content) -> ComparedRun:
     )
 
 
-def _other_lesions(lacks: Content, has: Content, missing: Sequence[str]) -> str:
+def _other_lesions(lacks: Content, has: Content, missing: Sequence[str] | np.ndarray) -> str:
     return (
         f"{lacks.folder}: lacks lesion {missing[0]} of {has.folder} ({len(missing):,} such lesions); compare runs that "
         "were stacked on the same lesions"

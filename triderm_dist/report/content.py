@@ -34,7 +34,7 @@ from triderm_dist.ensemble.score_table import Row
 from triderm_dist.environment import read_environment
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.predictions import OofFile, read_predictions
+from triderm_dist.predictions import OofFile, read_predictions, rows_of
 from triderm_dist.report.calibration import EnsembleCalibration
 from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
 from triderm_dist.report.contributions import Contributions, column_importance, find_contributions
@@ -77,12 +77,12 @@ class Content:
         check_task(self.folder, table.task)
         check_weights(self.folder, table.hashes.items())
         if not np.array_equal(table.lesion_ids, self.rows.lesion_ids):
-            row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
-            if any(lesion not in row_of for lesion in self.rows.lesion_ids):
+            rows = rows_of(self.rows.lesion_ids, table.lesion_ids)
+            if (rows < 0).any():
                 raise DataError(
                     f"{self.folder / NESTED_FILE}: holds lesions that {OOF_FILE} lacks; run triderm stack again"
                 )
-            table = table.take(np.array([row_of[lesion] for lesion in self.rows.lesion_ids]))
+            table = table.take(rows)
         self.table = table
         self.task = read_task(self.folder / ENSEMBLE_FILE)
         self.diagnoses = self.task.diagnosis_names
@@ -296,18 +296,12 @@ class Content:
         return self._packed("train")
 
     @cached_property
-    def packed_rows(self) -> dict[str, int]:
-        """The row of each lesion in the packed training set, by its id."""
-        return {} if self.packed is None else {str(lesion): row for row, lesion in enumerate(self.packed.lesion_ids)}
-
-    @cached_property
     def photos(self) -> np.ndarray | None:
         """(N, 2) bool, whether a lesion has the photo of each of `VIEWS`; None where the packed set is not at hand."""
         if self.packed is None:
             return None
-        row_of = self.packed_rows
-        rows = [row_of.get(lesion, -1) for lesion in self.rows.lesion_ids]
-        return None if -1 in rows else self.packed.sizes[np.array(rows)] > 0
+        rows = rows_of(self.rows.lesion_ids, self.packed.lesion_ids.column)
+        return None if (rows < 0).any() else self.packed.sizes[rows] > 0
 
     @cached_property
     def cohorts(self) -> list[Cohort]:
@@ -331,9 +325,8 @@ class Content:
         counts = (self.held_out or {}).get("diagnoses")
         index, photos = self._packed("test"), None
         if index is not None and len(index) == len(rows):
-            row_of = {lesion: row for row, lesion in enumerate(index.lesion_ids)}
-            found = [row_of.get(lesion, -1) for lesion in part.lesion_ids[rows]]
-            photos = None if -1 in found else index.sizes[np.array(found)] > 0
+            found = rows_of(part.lesion_ids[rows], index.lesion_ids.column)
+            photos = None if (found < 0).any() else index.sizes[found] > 0
         groups = intervals.group_numbers(part.groups[rows])
         return Cohort(
             "test set", labels if known else None, groups, part.metadata[rows], part.concepts[rows],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
+from triderm_dist.predictions import rows_of
 from triderm_dist.report.attention import overlay
 from triderm_dist.report.content import Content
 from triderm_dist.report.lesion_lists import DoubtfulLesion
@@ -75,10 +76,12 @@ def gallery_of(content: Content, lesions: Sequence[DoubtfulLesion]) -> Gallery:
         return Gallery(why="Photos are left out (report.photos=false).")
     if content.packed is None:
         return Gallery(why="The packed photos of the run are not at hand, so none are shown.")
-    row_of = content.packed_rows
+    rows = rows_of([each.lesion_id for each in lesions], content.packed.lesion_ids.column).tolist()
+    if -1 in rows:
+        return Gallery(why="The packed photos are of other lesions than the run's, so none are shown.")
     try:
-        photos = {each: _photos(content, content.packed, row_of[each.lesion_id]) for each in lesions}
-    except (InputError, OSError, KeyError) as error:
+        photos = {each: _photos(content, content.packed, row) for each, row in zip(lesions, rows, strict=True)}
+    except (InputError, OSError) as error:
         return Gallery(why=f"The packed photos cannot be read, so none are shown ({error}).")
     attention, why = _attention(content)
     return Gallery(

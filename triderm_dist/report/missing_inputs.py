@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.predictions import OofTable, read_predictions
+from triderm_dist.predictions import OofTable, read_predictions, rows_of
 from triderm_dist.schema import VIEWS
 
 
@@ -33,12 +33,11 @@ def score_missing_inputs(
 
     folder: of the run.  table: logits of its N lesions.  labels, groups: (N,) numbers.
     """
-    row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
     result = []
     for model in networks:
         full = metrics.argmax_decisions(table.logits[model])
         for name in (*VIEWS, "concepts", "metadata"):
-            logits = _logits_without(folder, table, row_of, model, name)
+            logits = _logits_without(folder, table, model, name)
             if np.isnan(logits).any():
                 continue
             decisions = metrics.argmax_decisions(logits)
@@ -47,12 +46,12 @@ def score_missing_inputs(
     return result
 
 
-def _logits_without(folder: Path, table: OofTable, row_of: Mapping[str, int], model: str, name: str) -> np.ndarray:
+def _logits_without(folder: Path, table: OofTable, model: str, name: str) -> np.ndarray:
     """Read (N, C) logits of a network with an input hidden, by the weights of the table; NaN without any."""
     logits = np.full_like(table.logits[model], np.nan)
     for path in sorted((folder / model).glob(f"fold-*/without_{name}.parquet")):
         part = read_predictions(path, features=False)
-        rows = np.array([row_of.get(lesion, -1) for lesion in part.lesion_ids], np.int64)
+        rows = rows_of(part.lesion_ids, table.lesion_ids)
         used = (rows >= 0) & (part.model_hash == table.hashes[model][rows])
         logits[rows[used]] = part.logits[used]
     return logits
