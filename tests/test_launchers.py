@@ -197,15 +197,17 @@ time.sleep(900)
 """
 
 
-def start_ranks(folder: Path, behavior: str, config: str = "accelerate_configs/ddp.yaml") -> subprocess.Popen:
+def start_ranks(
+    folder: Path, behavior: str, config: str = "accelerate_configs/ddp.yaml", fork: bool = False
+) -> subprocess.Popen:
     program = folder / "rank.py"
     program.write_text(RANK)
-    return start(str(program), str(folder), behavior, ranks=2, config=config, fork=False)
+    return start(str(program), str(folder), behavior, ranks=2, config=config, fork=fork)
 
 
 @pytest.mark.parametrize(("behavior", "status", "line"), [("2", 2, ""), ("-9", 3, "interrupted: a rank was killed")])
 def test_launcher_exits_with_the_status_of_its_ranks(tmp_path, behavior, status, line):
-    done = finish(start_ranks(tmp_path, behavior))
+    done = finish(start_ranks(tmp_path, behavior, fork=True))
     assert done.returncode == status
     assert line in done.stderr and "Traceback" not in done.stderr
 
