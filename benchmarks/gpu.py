@@ -42,7 +42,8 @@ from triderm_dist.cli import run
 from triderm_dist.environment import describe_commit
 from triderm_dist.files import write_text
 from triderm_dist.runtime.child_processes import environment
-from triderm_dist.schema import InputError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import InputError
 from triderm_dist.settings import PathText, Section
 
 RESULTS = "benchmarks/results/gpu"

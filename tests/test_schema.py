@@ -26,7 +26,8 @@ from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.predictions import read_predictions, write_predictions
 from triderm_dist.report.slices import slice_masks
-from triderm_dist.schema import ConfigError, MetadataField, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError, MetadataField
 from triderm_dist.tasks import milk10k_task
 
 DIAMETER = MetadataField("diameter", "diameter_mm", "number", low=1.0, high=30.0, unit="mm")

@@ -8,8 +8,8 @@ import sys
 from triderm_dist import __version__
 from triderm_dist.commands import PROGRAMS, names
 from triderm_dist.runtime import extras
+from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.runtime.process import open_missing_streams, work_goes_on_unread
-from triderm_dist.schema import did_you_mean
 
 
 def usage() -> str:

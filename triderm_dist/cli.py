@@ -24,6 +24,7 @@ from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_w
 from triderm_dist.environment import recorded
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.runtime import extras
+from triderm_dist.runtime.messages import one_line, printable
 from triderm_dist.runtime.process import prepare_process, work_goes_on_unread
 from triderm_dist.runtime.rank_variables import check_rank_variables
 from triderm_dist.runtime.redact import redacted_output, remember
@@ -38,7 +39,7 @@ from triderm_dist.runtime.signals import (
     second_ends,
 )
 from triderm_dist.runtime.usage import report_usage
-from triderm_dist.schema import Busy, ConfigError, InputError, one_line, printable
+from triderm_dist.schema import Busy, ConfigError, InputError
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
 BAD_INPUT = 2

@@ -20,8 +20,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import why_no_folder, write_text
+from triderm_dist.runtime.messages import one_line, quoted
 from triderm_dist.runtime.redact import redact_tree, restore
-from triderm_dist.schema import ConfigError, one_line, quoted
+from triderm_dist.schema import ConfigError
 from triderm_dist.settings import (
     NULL,
     PathText,

@@ -12,7 +12,8 @@ from torch import nn
 
 from triderm_dist.config import OptimConfig
 from triderm_dist.models.network import Network
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,14 @@ concepts, M metadata fields, L tokens, D width, H x W pixels.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from triderm_dist.runtime.messages import did_you_mean, nearest, printable, quoted
 from triderm_dist.runtime.redact import redact
 
 if TYPE_CHECKING:
@@ -41,9 +40,6 @@ VIEWS: tuple[str, str] = ("clinical", "dermoscopic")
 
 UNLABELED = -1
 """The label of a lesion whose diagnosis is not known."""
-
-
-_TERMINAL_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class InputError(Exception):
@@ -78,106 +74,8 @@ class CheckpointError(InputError):
     """A weight file that does not belong to the network it is loaded into."""
 
 
-def one_line(error: object, limit: int | None = None, with_type: bool = False) -> str:
-    """Return an error's text without secrets (`redact`) on one line of at most `limit` characters; the name of its type
-    where it has no text.
-
-    Colors of a terminal are left out, and what is not printable is escaped: control characters, directions of writing
-    and lone surrogates come from data and from other libraries.  with_type: put the name of the type in front, as in
-    `KeyError: 'age'`.
-    """
-    name, text = type(error).__name__, printable(redact(" ".join(_TERMINAL_CODE.sub("", str(error)).split())))
-    text = (f"{name}: {text}" if with_type else text) if text else name
-    return text if limit is None or len(text) <= limit else text[: limit - 4] + " ..."
-
-
-def printable(text: str) -> str:
-    """Return a text with every character escaped that is not printable."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 PLAIN_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 """A number as tables hold it; Python's float() also takes 3_0, inf and the digits of other scripts."""
-_LONGEST_COMPARED = 100
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known word most similar to `word`, whatever their case, None if none is similar.
-
-    cutoff: the least similarity, from 0 to 1.
-    """
-    if len(word) > _LONGEST_COMPARED:
-        return None  # the comparison takes the square of the length
-    spelled = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=cutoff)
-    return spelled[found[0]] if found else None
-
-
-def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Return a hint at the nearest of the known words, or `otherwise` where none is near: by default all of them."""
-    words = [*known]
-    near = nearest(word, words)
-    return f"did you mean {near!r}?" if near else otherwise or f"known are {', '.join(words)}"
-
-
-def quoted(text: str, limit: int = 60) -> str:
-    """Return text of a user in quotes for a message, with escapes, and cut if it is long."""
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text):,} characters)"
-
-
-def unsafe_character(text: str, allowed: str = "") -> str | None:
-    """Name the first character that acts on a terminal or on the order of text, None if there is none.
-
-    Those are control characters, separators of lines, marks of the direction of text, and halves of a surrogate pair.
-    """
-    if text.isascii() and text.isprintable():
-        return None
-    for character in text:
-        if character not in allowed and (
-            unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTION_MARKS
-        ):
-            name = unicodedata.name(character, "a control character").lower()
-            return f"U+{ord(character):04X} ({name})"
-    return None
-
-
-_DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
-"""What begins a formula where a spreadsheet opens a CSV file, also in full width."""
-_ERROR_VALUES = frozenset({"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "#SPILL!", "#CALC!"})
-_SCIENTIFIC = re.compile(r"[0-9](\.[0-9]+)?E\+[0-9]{2,3}", re.IGNORECASE)
-MAX_ID = 80
-
-
-def why_no_id(text: str) -> str | None:
-    """Say why a text of a table cannot be the id of a lesion, photo or patient, None if it can."""
-    if not text:
-        return "is empty"
-    if len(text) > MAX_ID:
-        return f"has {len(text):,} characters, more than {MAX_ID}"
-    if character := unsafe_character(text) or _invisible(text):
-        return f"holds {character}"
-    if text[0] in _FORMULA:
-        return f"begins with {text[0]}, which a spreadsheet takes for a formula"
-    if text.upper() in _ERROR_VALUES:
-        return "is an error value of a spreadsheet"
-    if _SCIENTIFIC.fullmatch(text):
-        return "is a number that a spreadsheet has shortened; format the column as text and export it again"
-    return None
-
-
-def cell_text(text: str) -> str:
-    """Return a text for a cell of a CSV that shows what data hold: escaped, and never a formula."""
-    text = printable(text)
-    return f"'{text}" if text[:1] in _FORMULA and text else text
-
-
-def _invisible(text: str) -> str | None:
-    """Name the first character that has no width."""
-    found = next((each for each in text if unicodedata.category(each) == "Cf" or each == "\ufffd"), None)
-    return found and f"U+{ord(found):04X} ({unicodedata.name(found, 'no name').lower()})"
 
 
 @dataclass(frozen=True)

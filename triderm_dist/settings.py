@@ -18,7 +18,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from triderm_dist.schema import ConfigError, nearest, one_line, unsafe_character
+from triderm_dist.runtime.messages import nearest, one_line, unsafe_character
+from triderm_dist.schema import ConfigError
 
 
 class Section(BaseModel):

@@ -15,9 +15,10 @@ from triderm_dist.cli import read_settings
 from triderm_dist.config import Experiment, RemoteConfig, as_yaml, load, save
 from triderm_dist.data.shards.remote import Store
 from triderm_dist.runtime import redact as redacting
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.redact import URLS, redact, redact_tree, remember
 from triderm_dist.runtime.run_log import RunLog
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.schema import ConfigError
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abcDEF-123"
 

@@ -30,8 +30,9 @@ from pydantic import BaseModel
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json
 from triderm_dist.cli import Interrupted
 from triderm_dist.files import file_sha256, write_json
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.redact import redact
-from triderm_dist.schema import DataError, one_line
+from triderm_dist.schema import DataError
 
 BASE_URL = "https://isic-archive.s3.amazonaws.com/challenges/milk10k"
 FILES: dict[str, tuple[str, ...]] = {

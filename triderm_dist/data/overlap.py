@@ -22,7 +22,8 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.files import PATIENT_DATA, atomic_path
-from triderm_dist.schema import VIEWS, DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import VIEWS, DataError
 
 SIDE = 16
 """Pixels of a side of a thumbnail."""

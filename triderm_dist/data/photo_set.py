@@ -23,7 +23,8 @@ from triderm_dist.data.photo_formats import describe_error, read_photo
 from triderm_dist.data.photo_source import CanvasSource
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.photos import PhotoError, prepare_pixels
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task
 
 Photo = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A photo: path of a photo file, its bytes, a Pillow image, or pixels (H, W, 3) or (H, W) uint8 in sRGB; a fourth

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from triderm_dist.data.ids import cell_text
 from triderm_dist.files import PATIENT_DATA, atomic_path
+from triderm_dist.runtime.messages import printable
 from triderm_dist.runtime.redact import redact
-from triderm_dist.schema import DataError, cell_text, printable
+from triderm_dist.schema import DataError
 
 
 @dataclass(frozen=True)

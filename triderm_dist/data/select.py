@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, did_you_mean
+from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.schema import UNLABELED, VIEWS, ConfigError
 
 ORDERS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,

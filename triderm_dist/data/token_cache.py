@@ -31,8 +31,9 @@ import torch
 
 from triderm_dist.data.token_codec import TokenCodec, TokenDtype
 from triderm_dist.files import PATIENT_DATA, atomic_path
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.process import open_files_limit, raise_open_files_limit
-from triderm_dist.schema import DataError, one_line
+from triderm_dist.schema import DataError
 
 FORMAT, VERSION = "triderm-tokens", 1
 CHUNK = 256

@@ -22,7 +22,8 @@ from triderm_dist.data.lesions import LesionInputs, one_hot
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.view_source import Fetched, ViewSource
-from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField, did_you_mean
+from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField
 
 MAX_NAMED_GROUPS = 5
 """Groups that a note lists by name."""

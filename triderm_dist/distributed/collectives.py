@@ -15,7 +15,8 @@ import torch.distributed as dist
 from triderm_dist.cli import Interrupted, exit_code
 from triderm_dist.distributed import heartbeat
 from triderm_dist.distributed.library_errors import DOCTOR, is_backend_error, permanent_fault, reason_of
-from triderm_dist.schema import Busy, InputError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import Busy, InputError
 
 
 def world_size() -> int:

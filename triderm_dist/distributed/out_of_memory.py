@@ -28,8 +28,9 @@ from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.terminal import wrapped
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.schema import ConfigError
 
 POLL_SECONDS = 1.0
 """Seconds between two reads of the file."""

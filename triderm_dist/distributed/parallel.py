@@ -44,8 +44,9 @@ from triderm_dist.models.network import Network
 from triderm_dist.models.patches import use_linear_patches
 from triderm_dist.optim import local_part
 from triderm_dist.runtime.extras import DEEPSPEED, require
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.rank_variables import OWN
-from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.schema import ConfigError, InputError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 GradientPrecision = Literal["fp32", "bf16"]

@@ -15,8 +15,9 @@ from types import FrameType
 from typing import Any
 
 from triderm_dist.cli import print_error
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.signals import INTERRUPTED, cleaning_up, handle_signals, raise_stopped
-from triderm_dist.schema import InputError, one_line
+from triderm_dist.schema import InputError
 
 Needs = dict[str, float]
 """Resources of one process: {"CPU", "GPU"}."""

@@ -11,7 +11,8 @@ from typing import Literal
 
 from triderm_dist.config import find_file
 from triderm_dist.doctor.findings import Finding, imported
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError
 from triderm_dist.settings import read_mapping, untyped
 
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]

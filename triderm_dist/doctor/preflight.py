@@ -21,7 +21,8 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.ensemble.nested_stack import check_stackable
 from triderm_dist.ensemble.run_files import AUTO, ENSEMBLE, STACKER
-from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, Task, did_you_mean
+from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, Task
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import nn
 
 from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.engine.evaluate import forward
-from triderm_dist.schema import Batch, InputError, Outputs, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import Batch, InputError, Outputs
 
 WARM_UP_PER_SHAPE = 2
 """Eager runs with batches of each shape before the capture; they compile and select kernels."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from triderm_dist.config import CONFIG_FILE, read_yaml
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import DataError, InputError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import DataError, InputError
 
 HUB = "hf-hub:"
 

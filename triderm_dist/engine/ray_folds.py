@@ -16,8 +16,9 @@ from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.parallel_folds import Fold, preparation, prepare, remaining_folds, run_tasks, title, train
 from triderm_dist.runtime.child_processes import Failure
 from triderm_dist.runtime.extras import require
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.terminal import counted, wrapped
-from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.schema import ConfigError, InputError
 
 
 def run_ray_folds(

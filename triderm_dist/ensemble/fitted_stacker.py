@@ -20,7 +20,8 @@ from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
 from triderm_dist.files import file_sha256
 from triderm_dist.runtime.extras import require
-from triderm_dist.schema import ConfigError, DataError, Task, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError, DataError, Task
 
 FORMAT = "triderm-stacker"
 VERSION = 2

@@ -17,7 +17,8 @@ import torch
 from triderm_dist.files import naming_file
 from triderm_dist.inference.exported_network import ExportedNetwork
 from triderm_dist.runtime.extras import require
-from triderm_dist.schema import InputError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import InputError
 
 BATCHES = (1, 2, 7)
 """Numbers of lesions with which a file is compared with PyTorch."""

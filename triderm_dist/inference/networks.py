@@ -26,7 +26,8 @@ from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower
 from triderm_dist.models.network import SHARED, Network
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
 from triderm_dist.models.towers import Tower
-from triderm_dist.schema import ConfigError, DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError, DataError
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 Device = str | torch.device

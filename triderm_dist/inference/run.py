@@ -36,7 +36,8 @@ from triderm_dist.inference.table import read_input, read_lesions, table_of_fram
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.extras import require
-from triderm_dist.schema import InputError, MetadataField, Signature, Task, did_you_mean
+from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.schema import InputError, MetadataField, Signature, Task
 
 if TYPE_CHECKING:
     import pandas as pd

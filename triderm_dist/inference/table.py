@@ -39,8 +39,9 @@ from triderm_dist.data.readers.table import (
 )
 from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.data.shards.format import INDEX
+from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.runtime.terminal import counted
-from triderm_dist.schema import DataError, TableFormat, Task, did_you_mean
+from triderm_dist.schema import DataError, TableFormat, Task
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from triderm_dist.runtime.extras import install_command, is_installed
-from triderm_dist.schema import one_line
+from triderm_dist.runtime.messages import one_line
 
 MIN_PHOTOS = 256
 """Number of photos from which a faster backend saves more than its start-up, about one CPU second."""

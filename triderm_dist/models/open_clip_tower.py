@@ -26,7 +26,8 @@ from triderm_dist.models.tower import (
 )
 from triderm_dist.models.weight_files import existing, existing_weights, hub_file, is_cached, read_weights, weights_in
 from triderm_dist.models.weights import fill, listing, strip_prefix
-from triderm_dist.schema import CheckpointError, InputError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import CheckpointError, InputError
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = (

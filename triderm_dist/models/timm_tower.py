@@ -20,7 +20,8 @@ from triderm_dist.models.tower import (
 )
 from triderm_dist.models.weight_files import existing_weights, is_cached, is_safetensors, read_weights, weight_file
 from triderm_dist.models.weights import fill, listing, rename_by_order, without_prefix
-from triderm_dist.schema import InputError, nearest, one_line
+from triderm_dist.runtime.messages import nearest, one_line
+from triderm_dist.schema import InputError
 
 HEADS = ("global_pool", "attn_pool", "fc_norm", "pre_logits", "head", "head_drop", "head_dist", "classifier", "fc")
 """Names of children of timm models that come after the features."""

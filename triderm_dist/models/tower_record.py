@@ -23,7 +23,8 @@ from triderm_dist.models.joined_tower import PARTS, JoinedTower, Part, build_log
 from triderm_dist.models.light_imports import import_timm
 from triderm_dist.models.tower import JoinedShape, TokenShape, Tower, TowerOptions, Triple, tower_hash
 from triderm_dist.models.towers import parse_source
-from triderm_dist.schema import CheckpointError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import CheckpointError
 
 if TYPE_CHECKING:
     from triderm_dist.config import TowerConfig

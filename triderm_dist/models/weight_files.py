@@ -16,7 +16,8 @@ from torch import Tensor
 
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.models.weights import State, listing, strip_prefix
-from triderm_dist.schema import CheckpointError, InputError, one_line, printable
+from triderm_dist.runtime.messages import one_line, printable
+from triderm_dist.schema import CheckpointError, InputError
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 

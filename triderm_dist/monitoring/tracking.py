@@ -15,9 +15,10 @@ from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import metrics_line, read_metrics
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.extras import install_command, is_installed
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.redact import REDACTED
 from triderm_dist.runtime.terminal import wrapped
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.schema import ConfigError
 
 PROJECT = "triderm-dist"
 """Project or experiment of the runs, for trackers that have one."""

@@ -17,9 +17,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.signals import SIGNALS, end_with_parent, handle_signals, raise_stopped
 from triderm_dist.runtime.usage import add_child_peak, own_peak_mb
-from triderm_dist.schema import Busy, InputError, one_line
+from triderm_dist.schema import Busy, InputError
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 READ_BYTES = 1 << 16

@@ -15,7 +15,8 @@ from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import Experiment
 from triderm_dist.distributed import collectives
 from triderm_dist.files import write_json
-from triderm_dist.schema import DataError, InputError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import DataError, InputError
 from triderm_dist.search.space import with_settings
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from triderm_dist.distributed.ray_cluster import Needs, capacity, running_ray
-from triderm_dist.schema import ConfigError, DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.search import pbt
 from triderm_dist.search.results import format_settings
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name

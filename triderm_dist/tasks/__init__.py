@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.schema import ConfigError, DataError, Task, did_you_mean, one_line
+from triderm_dist.runtime.messages import did_you_mean, one_line
+from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from triderm_dist.schema import MISSING_WORDS, PLAIN_NUMBER, MetadataField, quoted
+from triderm_dist.runtime.messages import quoted
+from triderm_dist.schema import MISSING_WORDS, PLAIN_NUMBER, MetadataField
 
 MAX_CELL = 1 << 15
 """Characters of a cell, as in Excel."""

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from triderm_dist.data.readers.cells import tidy
-from triderm_dist.schema import DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import DataError
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _BLOCK = 1 << 22

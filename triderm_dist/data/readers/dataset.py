@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.text_index import HashIndex
-from triderm_dist.schema import Lesion, Task, quoted, why_no_id
+from triderm_dist.runtime.messages import quoted
+from triderm_dist.schema import Lesion, Task
 
 # A lesion id names files in the shards, where WebDataset ends the key at the first dot.
 _LESION_ID = re.compile(r"[^\s./\\]*")

@@ -18,8 +18,9 @@ from triderm_dist.data.readers.find_photos import PhotoFinder, photo_name
 from triderm_dist.data.readers.table import Table, find_tables, read_table
 from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.files import why_no_folder
+from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.runtime.terminal import counted
-from triderm_dist.schema import DataError, TableFormat, did_you_mean
+from triderm_dist.schema import DataError, TableFormat
 
 MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100

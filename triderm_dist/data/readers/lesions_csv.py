@@ -25,13 +25,8 @@ from triderm_dist.data.readers.lesion_table import LesionTable, Numbers, agreed,
 from triderm_dist.data.readers.parsed_columns import ParsedColumns
 from triderm_dist.data.readers.table import Table, read_table, without_garbage_collection
 from triderm_dist.data.shards.format import Text
-from triderm_dist.schema import (
-    UNLABELED,
-    DataError,
-    Task,
-    quoted,
-    unsafe_character,
-)
+from triderm_dist.runtime.messages import quoted, unsafe_character
+from triderm_dist.schema import UNLABELED, DataError, Task
 
 
 def read_lesions(

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from triderm_dist.data.readers.cells import MAX_CELL, tidy
-from triderm_dist.schema import DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import DataError
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.cells import is_missing, parse_field, parse_number, parse_score, parsed_texts
 from triderm_dist.data.readers.dataset import spelled_alike, why_no_lesion_id
@@ -18,7 +19,8 @@ from triderm_dist.data.readers.find_table import image_columns, task_columns
 from triderm_dist.data.readers.lesion_table import no_labels
 from triderm_dist.data.readers.table import Table
 from triderm_dist.data.shards.format import Text
-from triderm_dist.schema import UNLABELED, Task, did_you_mean, nearest, quoted, why_no_id
+from triderm_dist.runtime.messages import did_you_mean, nearest, quoted
+from triderm_dist.schema import UNLABELED, Task
 
 
 @dataclass

@@ -10,7 +10,8 @@ from typing import Literal
 
 from triderm_dist.data.readers import lesions_csv, milk10k
 from triderm_dist.data.readers.dataset import Dataset
-from triderm_dist.schema import ConfigError, DataError, Task, did_you_mean
+from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
 
 

@@ -28,13 +28,8 @@ from triderm_dist.data.readers.cells import MAX_CELL, is_blank, tidy
 from triderm_dist.data.readers.csv_file import open_csv, plain_columns
 from triderm_dist.data.readers.parquet_file import as_text, open_parquet
 from triderm_dist.data.readers.workbook import sheet_rows
-from triderm_dist.schema import (
-    DataError,
-    TableFormat,
-    nearest,
-    one_line,
-    quoted,
-)
+from triderm_dist.runtime.messages import nearest, one_line, quoted
+from triderm_dist.schema import DataError, TableFormat
 
 DEFAULT_FORMAT = TableFormat()
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")

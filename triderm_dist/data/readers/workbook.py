@@ -12,7 +12,8 @@ from typing import Any
 
 from triderm_dist.data.readers.cells import is_blank
 from triderm_dist.runtime.extras import require
-from triderm_dist.schema import DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import DataError
 
 MAX_WORKBOOK = 1 << 30
 """Bytes of an .xlsx file when unpacked."""

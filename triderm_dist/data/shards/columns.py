@@ -40,7 +40,8 @@ from triderm_dist.checksums import (
 )
 from triderm_dist.data.shards.format import ROW_GROUP, SAMPLES, Text, to_array
 from triderm_dist.files import PATIENT_DATA, file_sha256, lock_file, open_new
-from triderm_dist.schema import VIEWS, DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import VIEWS, DataError
 
 MAPPED_FROM = 500_000
 """Lesions of a set whose columns are mapped: of fewer, a process holds less than 100 MB."""

@@ -14,8 +14,9 @@ from triderm_dist.data.shards.publish import RemoteFolder
 from triderm_dist.data.shards.scan_tar import TarFile
 from triderm_dist.data.threads import map_in_order
 from triderm_dist.files import why_no_folder
+from triderm_dist.runtime.messages import printable
 from triderm_dist.runtime.redact import redact
-from triderm_dist.schema import ConfigError, DataError, Task, printable
+from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import TASK_FILE, load_task
 
 LISTED_AT_ONCE = 16

@@ -37,8 +37,9 @@ from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, write_text
+from triderm_dist.runtime.messages import printable
 from triderm_dist.runtime.redact import redact, redact_tree, remember
-from triderm_dist.schema import DataError, Task, printable
+from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import milk10k_task
 
 MAX_LABELS = 30

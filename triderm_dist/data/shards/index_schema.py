@@ -13,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from triderm_dist.checksums import DamagedFile, without_checksum
 from triderm_dist.data.shards.format import EXTENSIONS, SAMPLES, SHARD_NAME_RULE, ShardFile, is_shard_name
 from triderm_dist.data.shards.photos import MAX_PIXELS
-from triderm_dist.schema import VIEWS, DataError, one_line
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import VIEWS, DataError
 
 MAX_BYTES = 1 << 30
 """Size of an index.json; that of 100,000 shards has 16 MB."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
 from triderm_dist.data.readers.dataset import why_no_lesion_id
-from triderm_dist.schema import UNLABELED, Lesion, Task, quoted
+from triderm_dist.runtime.messages import quoted
+from triderm_dist.schema import UNLABELED, Lesion, Task
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")

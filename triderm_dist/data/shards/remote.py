@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeVar
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
 from triderm_dist.files import file_sha256
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.redact import REDACTED, URLS, redact, remember
-from triderm_dist.schema import ConfigError, DataError, one_line
+from triderm_dist.schema import ConfigError, DataError
 
 POLL_SECONDS = 0.05
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triderm_dist.config import RemoteConfig
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import ShardFile, rows_schema
 from triderm_dist.data.shards.open import is_url
@@ -36,7 +37,8 @@ from triderm_dist.data.shards.tar_members import DamagedTar, tar_members
 from triderm_dist.data.threads import map_in_order
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256
-from triderm_dist.schema import VIEWS, Task, printable, quoted, why_no_id
+from triderm_dist.runtime.messages import printable, quoted
+from triderm_dist.schema import VIEWS, Task
 
 Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""

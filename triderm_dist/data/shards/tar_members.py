@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from triderm_dist.file_kinds import START, kind_of
-from triderm_dist.schema import printable
+from triderm_dist.runtime.messages import printable
 
 BLOCK = tarfile.BLOCKSIZE
 _END_BLOCKS = 2

@@ -21,7 +21,8 @@ from triderm_dist.data.shards.tar_members import DamagedTar, check_tar_end
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import VIEWS, DataError, one_line, printable
+from triderm_dist.runtime.messages import one_line, printable
+from triderm_dist.schema import VIEWS, DataError
 
 AHEAD = 2
 """Threads that fetch and hash tars before they are checked."""

@@ -16,7 +16,8 @@ from triderm_dist.data.readers.lesion_table import no_labels
 from triderm_dist.data.readers.milk10k.row_checks import InvalidRow, Row, checked_lesion_id
 from triderm_dist.data.readers.table import find_tables, read_table
 from triderm_dist.data.shards.format import Text
-from triderm_dist.schema import UNLABELED, DataError, Task, quoted
+from triderm_dist.runtime.messages import quoted
+from triderm_dist.schema import UNLABELED, DataError, Task
 from triderm_dist.tasks import milk10k_task
 
 

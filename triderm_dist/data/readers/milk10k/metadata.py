@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score, parsed_texts
 from triderm_dist.data.readers.dataset import why_no_lesion_id
@@ -20,7 +21,7 @@ from triderm_dist.data.readers.milk10k.columns import GROUP_COLUMN
 from triderm_dist.data.readers.milk10k.row_checks import Row, RowPhoto, group_views
 from triderm_dist.data.readers.table import Table
 from triderm_dist.data.shards.format import Text
-from triderm_dist.schema import UNLABELED, VIEWS, Task, why_no_id
+from triderm_dist.schema import UNLABELED, VIEWS, Task
 
 
 class MetadataColumns:

@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
 from triderm_dist.data.readers.dataset import why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder
 from triderm_dist.data.readers.milk10k.columns import GROUP_COLUMN
-from triderm_dist.schema import UNLABELED, VIEWS, MetadataField, Task, quoted, why_no_id
+from triderm_dist.runtime.messages import quoted
+from triderm_dist.schema import UNLABELED, VIEWS, MetadataField, Task
 
 
 @dataclass(frozen=True)
