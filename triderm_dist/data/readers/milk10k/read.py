@@ -66,12 +66,8 @@ def read_challenge(
     if problems:
         bad = {problem.lesion_id for problem in problems}
         lesions = lesions.kept(np.array([at for at, name in enumerate(metadata.names) if name not in bad], np.int64))
-    notes = _notes(lesions, task, labeled=truth_path is not None)
-    notes += spelled_alike(metadata.names.column, "lesion ids")
-    notes += spelled_alike(lesions.distinct_groups()[1], GROUP_COLUMN) if GROUP_COLUMN in table.cells else []
-    used = {*known, *scores}
-    if unused := [name for name in table.header if name not in used and name.lower() not in UNUSED_COLUMNS]:
-        notes.append(f"{metadata_path.name}: columns that are not used: {', '.join(unused)}")
+    notes = _tolerated(lesions, task, labeled=truth_path is not None)
+    notes += _notes_on_table(table, metadata, lesions, used={*known, *scores})
     if where_labeled:
         problems += unmatched_labels(unknown, where_labeled, metadata.names, metadata_path.name)
     if find_photo.unused:
@@ -121,7 +117,7 @@ def _row_problems(
     return problems
 
 
-def _notes(lesions: LesionTable, task: Task, labeled: bool) -> list[str]:
+def _tolerated(lesions: LesionTable, task: Task, labeled: bool) -> list[str]:
     """Return what was tolerated, with counts."""
     one_photo = np.any([column < 0 for column in lesions.images.values()], axis=0)
     tolerated: Counter[str] = Counter({"with one photo, the other view marked missing": int(one_photo.sum())})
@@ -129,3 +125,12 @@ def _notes(lesions: LesionTable, task: Task, labeled: bool) -> list[str]:
         tolerated[f"without {field.label}"] += int(np.isnan(column.take(slice(None))).sum())
     tolerated["without a diagnosis"] += int((lesions.labels == UNLABELED).sum()) if labeled else 0
     return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
+
+
+def _notes_on_table(table: Table, metadata: MetadataColumns, lesions: LesionTable, used: set[str]) -> list[str]:
+    """Return notes on ids that are spelled alike, and on columns that are not used."""
+    notes = spelled_alike(metadata.names.column, "lesion ids")
+    notes += spelled_alike(lesions.distinct_groups()[1], GROUP_COLUMN) if GROUP_COLUMN in table.cells else []
+    if unused := [name for name in table.header if name not in used and name.lower() not in UNUSED_COLUMNS]:
+        notes.append(f"{table.path.name}: columns that are not used: {', '.join(unused)}")
+    return notes
