@@ -85,7 +85,7 @@ def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"ensemble\.use={use}: no such member; write auto, ensemble or one of"):
             fit_ensemble(tmp_path, experiment(tmp_path, use=use, enabled=False))
     stacker = Ensemble(("a", "stack"), np.array([0.0, 1.0]), np.ones(C), temperatures=np.ones(2))
-    assert stacker.alone("stack").members == ("a", "stack")  # which it reads
+    assert stacker.of_member("stack").members == ("a", "stack")  # which it reads
 
 
 def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def main(config: PackConfig) -> None:
     from triderm_dist.data.shards.pack import pack_shards, pack_slice
     from triderm_dist.data.shards.publish import local_name
 
-    part, beside = slice_of(config.slice), local_name(config.output)
+    part, name = slice_of(config.slice), local_name(config.output)
     _check(config)
     try:
         dataset, hashes = _read(config)
@@ -113,15 +113,15 @@ def main(config: PackConfig) -> None:
                     **options,
                 )
     except InvalidLesions as error:
-        print_problems(error.problems, Path(f"{beside}.problems.csv"))
+        print_problems(error.problems, Path(f"{name}.problems.csv"))
         raise
     if part:
-        print_problems(problems, Path(f"{beside}.problems-{part[0]}-of-{part[1]}.csv"))
+        print_problems(problems, Path(f"{name}.problems-{part[0]}-of-{part[1]}.csv"))
         print(
             f"slice {config.slice} is packed; after the last one: the same command with finish=true instead of slice="
         )
         return
-    print_problems(index.problems, Path(f"{beside}.problems.csv"))
+    print_problems(index.problems, Path(f"{name}.problems.csv"))
     print_index(index)
 
 

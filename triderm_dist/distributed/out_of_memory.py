@@ -116,11 +116,11 @@ _ONE_VALUE = "more than 1 value per channel"
 T = TypeVar("T")
 
 
-def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, alone: bool = False) -> tuple[T, int]:
+def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, collective: bool = True) -> tuple[T, int]:
     """Call `work` with a batch size, halved as often as memory runs out; return its result and the size that fits.
 
     For inference, where results differ only by rounding.
-    setting: key of the batch size, for messages.  alone: `work` has no collectives.
+    setting: key of the batch size, for messages.  collective: whether `work` calls collectives.
     Raises ConfigError if a batch of 1 does not fit, or if other ranks wait for this one in a collective.
     """
     while True:
@@ -134,7 +134,7 @@ def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, alo
         torch.cuda.empty_cache()
         if batch == 1:
             raise ConfigError(f"out of memory with a single lesion ({reason}); free the device, or use another one")
-        if world_size() > 1 and not alone:
+        if world_size() > 1 and collective:
             raise ConfigError(f"out of memory with {setting}={batch} ({reason}); set {setting}={batch // 2}")
         batch //= 2
         print(wrapped(f"out of memory: going on with {setting}={batch} ({reason})"), flush=True)

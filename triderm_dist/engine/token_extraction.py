@@ -161,7 +161,7 @@ class TokenExtractor:
     def extract(self, encoder: Encoder, rows: np.ndarray, version: str, codec: TokenCodec) -> np.ndarray:
         """Return the output for index rows (n,) in one version, encoded as records (n, views, size)."""
         work = partial(self._extract, encoder, rows, version, codec)
-        tokens, batch = with_smaller_batches(work, self.batch, "lesions at a time", alone=True)
+        tokens, batch = with_smaller_batches(work, self.batch, "lesions at a time", collective=False)
         object.__setattr__(self, "batch", batch)
         return tokens
 

@@ -109,7 +109,7 @@ class Ensemble:
         """Return (N, C) bool decisions."""
         return decide(self.combine(probabilities), self.thresholds, self.rule)
 
-    def alone(self, member: str) -> Ensemble:
+    def of_member(self, member: str) -> Ensemble:
         """Return the ensemble of one network, which needs no other; that of the stacker needs all networks."""
         if member == STACKER:
             return self

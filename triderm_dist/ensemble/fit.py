@@ -112,7 +112,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     else:
         remove_stacker(run_folder / STACK_FILE)  # of an earlier fit
     _write_nested(run_folder, table, nested, stack)
-    predicting = ensemble.alone(chosen) if chosen in models else ensemble
+    predicting = ensemble.of_member(chosen) if chosen in models else ensemble
     predicting.save(
         run_folder / ENSEMBLE_FILE,
         table.task,

@@ -104,7 +104,7 @@ class Predictor:
             source = _Canvases(photos, drop)
             return source, *self._outputs(photos, source, transforms, batch)
 
-        found, self.batch = with_smaller_batches(outputs_of, self.batch, "predict.batch", alone=True)
+        found, self.batch = with_smaller_batches(outputs_of, self.batch, "predict.batch", collective=False)
         source, outputs, embeddings = found
         parts = []
         for model in self.models:

@@ -65,15 +65,15 @@ def part_folder(run_folder: Path, model: str, percent: int, fold: int) -> Path:
     return run_folder / "learning_curve" / model / f"{percent}-percent" / f"fold-{fold}"
 
 
-def gather_part(run_folder: Path, model: str, percent: int, whole: OofTable) -> OofTable | None:
+def gather_part(run_folder: Path, model: str, percent: int, full: OofTable) -> OofTable | None:
     """Merge the held-out predictions of folds that were trained on a part of their lesions.
 
-    whole: the out-of-fold table of the run. None where not all folds are trained, or not on those lesions.
+    full: the out-of-fold table of the run. None where not all folds are trained, or not on those lesions.
     """
-    paths = [part_folder(run_folder, model, percent, fold) / "predictions.parquet" for fold in np.unique(whole.folds)]
+    paths = [part_folder(run_folder, model, percent, fold) / "predictions.parquet" for fold in np.unique(full.folds)]
     if not all(path.exists() for path in paths):
         return None
-    table = gather(paths, [model], DataSplit(whole.lesion_ids, whole.labels, whole.folds, whole.task))
+    table = gather(paths, [model], DataSplit(full.lesion_ids, full.labels, full.folds, full.task))
     return table if table.complete().all() else None
 
 

@@ -68,13 +68,13 @@ def _smallest(parts: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> tuple[
 
     The largest integer of the dtype stands for NaN.
     """
-    high, whole, single = 0.0, True, True
+    high, nonnegative, single = 0.0, True, True
     for _, own in parts():
         known = own[~np.isnan(own)]
         high = max(high, known.max(initial=0.0))
-        whole = whole and not np.signbit(known).any() and bool(np.isfinite(known).all())
+        nonnegative = nonnegative and not np.signbit(known).any() and bool(np.isfinite(known).all())
         single = single and np.array_equal(known.astype(np.float32), known)
-    for divisor in _DIVISORS if whole else ():
+    for divisor in _DIVISORS if nonnegative else ():
         if high * divisor >= np.iinfo(np.uint32).max - 1:
             break
         # The division rounds as parsing does.
