@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from triderm_dist.config import ModelConfig, OptimConfig
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
-from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups, lr_factor, parameter_groups
+from triderm_dist.optim import (
+    build_optimizer,
+    build_scheduler,
+    check_names,
+    describe_groups,
+    lr_factor,
+    parameter_groups,
+)
 from triderm_dist.schema import ConfigError
 from triderm_dist.tasks import milk10k_task
 
@@ -116,6 +123,20 @@ def test_optimizer_table_and_error_without_parameters() -> None:
     net.requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen"):
         build_optimizer(net, OptimConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"foreach": True}, "adamw: `fused` and `foreach`"),
+        ({"differentiable": True}, "adamw: `fused` does not support"),
+        ({"amsgrad": 5}, "adamw: _fused_adamw_"),
+        ({"betas": [2, 3]}, "adamw: Invalid beta"),
+    ],
+)
+def test_settings_that_fail_when_built_or_in_the_first_step_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.optim\.settings: {message}"):
+        check_names(OptimConfig(settings=settings))
 
 
 def test_lr_factor_values() -> None:

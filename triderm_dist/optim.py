@@ -161,7 +161,7 @@ def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
         raise ConfigError(f"train.optim.settings: set {misplaced[0]} as train.optim.{misplaced[0]}")
     try:
         return OPTIMIZERS[config.name](groups, lr=config.lr, **config.settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"train.optim.settings: {config.name}: {one_line(error)}") from None
 
 
@@ -173,8 +173,14 @@ def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
 
 def check_names(config: OptimConfig) -> None:
     """Raise ConfigError for an unknown optimizer or schedule, or settings that the optimizer does not take."""
-    _new_optimizer([{"params": [nn.Parameter(torch.zeros(8, 8))], "weight_decay": 0.0}], config)
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    optimizer = _new_optimizer([{"params": [parameter], "weight_decay": 0.0}], config)
     _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()  # some settings fail here only
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"train.optim.settings: {config.name}: {one_line(error, 200)}") from None
 
 
 def state_size(config: OptimConfig) -> float:

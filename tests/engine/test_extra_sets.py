@@ -140,6 +140,18 @@ def test_set_that_is_missing_or_mapped_wrongly_is_refused_before_anything_is_wri
     assert not (tmp_path / "run").exists()
 
 
+def test_lesions_that_two_entries_name_are_refused(sets, tmp_path):
+    main, other = sets
+    apart, alone = ({**dict.fromkeys(MAP), **own} for own in (
+        {"in_situ": "MEL", "scar": "WART"}, {"naevus": "NV", "melanoma": "MEL"}
+    ))  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"data\.extra\.1: is the set of data\.extra\.0, and lesions would join twice"
+    ):
+        open_extra_sets(experiment(tmp_path, entry(other), entry(other, map=alone)), main)
+    open_extra_sets(experiment(tmp_path, entry(other, map=apart), entry(other, map=alone)), main)
+
+
 @pytest.fixture
 def copies(tmp_path) -> ShardIndex:
     """A set with photos of the training set among its own."""

@@ -8,10 +8,11 @@ import time
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
+from triderm_dist.config import TrainConfig
 from triderm_dist.files import write_text
 from triderm_dist.monitoring import tracking
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.monitoring.tracking import Tracker, log_scores, tracker_arguments
+from triderm_dist.monitoring.tracking import Tracker, check_trackers, log_scores, tracker_arguments
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.extras import install_command
 from triderm_dist.schema import ConfigError
@@ -87,6 +88,12 @@ def test_resumed_run_replaces_later_records(tmp_path, monkeypatch):
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [(record["step"], record["loss"]) for record in records] == [(10, 1.0), (20, 1.0), (30, 2.0)]
     assert scalars_of(tmp_path)["train/loss"][30] == 2.0
+
+
+def test_settings_of_an_unknown_tracker_are_refused():
+    check_trackers(TrainConfig(tracker_settings={"wandb": {"project": "skin"}}))  # of one that is not used
+    with pytest.raises(ConfigError, match=r"train\.tracker_settings\.wandbb: no tracker; did you mean 'wandb'\?"):
+        check_trackers(TrainConfig(tracker_settings={"wandbb": {"project": "skin"}}))
 
 
 def test_unknown_and_missing_trackers_are_refused_on_every_rank(tmp_path):

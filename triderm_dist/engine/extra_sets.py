@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from triderm_dist.engine.init_overlap import open_warm_start
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.views import open_views
 from triderm_dist.runtime.terminal import wrapped
-from triderm_dist.schema import UNLABELED, DataError
+from triderm_dist.schema import UNLABELED, ConfigError, DataError
 
 MAX_NAMED = 10
 """Pairs of lesions that a message lists by name."""
@@ -29,12 +30,19 @@ MAX_NAMED = 10
 def open_extra_sets(experiment: Experiment, index: ShardIndex, verify: bool = False) -> tuple[ExtraSet, ...]:
     """Open the extra sets that have a weight, and match them with the training set. verify: hash their shards first.
 
-    Raises DataError as `open_index` does, ConfigError as `match_extra_set` does.
+    Raises DataError as `open_index` does, ConfigError as `match_extra_set` does and for lesions that would join twice.
     """
-    return tuple(
-        match_extra_set(config, open_index(config.shards, experiment.data.remote, verify), index, where)
+    sets = {
+        where: match_extra_set(config, open_index(config.shards, experiment.data.remote, verify), index, where)
         for where, config in experiment.data.extra_sets.items()
-    )
+    }
+    for (first, one), (second, other) in combinations(sets.items(), 2):
+        if one.index.fingerprint == other.index.fingerprint and len(np.intersect1d(one.rows, other.rows)):
+            raise ConfigError(
+                f"{second}: is the set of {first}, and lesions would join twice; remove one, or map each diagnosis to "
+                "null in one of them"
+            )
+    return tuple(sets.values())
 
 
 def without_shared_photos(

@@ -42,7 +42,7 @@ from triderm_dist.monitoring.flops import Budget, budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
-from triderm_dist.monitoring.tracking import Tracker, tracker_classes
+from triderm_dist.monitoring.tracking import Tracker, check_trackers
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.redact import redact_tree
 from triderm_dist.runtime.terminal import wrapped
@@ -329,7 +329,7 @@ def check_names(config: TrainConfig) -> None:
     """Raise ConfigError for an unknown loss term, optimizer, schedule or tracker, or wrong settings of one."""
     CompoundLoss(config.loss, "softmax", np.ones(2))
     optim.check_names(config.optim)
-    tracker_classes(config.trackers)
+    check_trackers(config)
 
 
 def execution_settings(config: TrainConfig, accelerator: Accelerator, network: Network) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import metrics_line, read_metrics
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.extras import install_command, is_installed
-from triderm_dist.runtime.messages import one_line
+from triderm_dist.runtime.messages import did_you_mean, one_line
 from triderm_dist.runtime.redact import REDACTED
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError
@@ -127,6 +128,16 @@ def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
     """
     found = any(map(is_installed, ("tensorboard", "tensorboardX")))
     return {name: tracker_class(name) for name in dict.fromkeys(names) if found or name != "tensorboard"}
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError as `tracker_class` does, also for `train.tracker_settings` of a name that is no tracker."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    tracker_classes(config.trackers)
+    for name in config.tracker_settings:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(f"train.tracker_settings.{name}: no tracker; {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")
 
 
 def tracker_class(name: str) -> Any:
