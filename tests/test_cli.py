@@ -97,6 +97,12 @@ def test_invalid_options_give_one_line(words, message):
         cli.read_settings(Small, words)
 
 
+def test_a_file_as_the_folder_of_a_run_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("")
+    with pytest.raises(InputError, match=r"output: .*a\.py: is a file; name a folder"):
+        cli.check_writable(load(Experiment, None, [f"output={tmp_path / 'a.py'}"]))
+
+
 def test_config_option_accepts_a_space_or_an_equals_sign(tmp_path):
     (tmp_path / "a.yaml").write_text("output: x\n")
     file = str(tmp_path / "a.yaml")

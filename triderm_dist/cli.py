@@ -144,6 +144,8 @@ def exit_code(error: BaseException) -> int:
 
 def check_writable(config: Section) -> None:
     """Raise InputError where a program writes into a folder that this user may not write."""
+    if isinstance(config, Experiment) and not isinstance(config, RunReader) and config.folder.is_file():
+        raise ConfigError(f"output: {config.folder}: is a file; name a folder")
     if not isinstance(config, Experiment) or not config.writes or is_writable(folder := Path(config.output)):
         return
     if isinstance(config, RunReader):

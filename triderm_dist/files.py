@@ -177,6 +177,11 @@ def why_no_folder(path: Path) -> str:
     return "is a file, not a folder" if path.exists() else "no such folder"
 
 
+def why_no_file(path: Path) -> str:
+    """Say why a path that should be a file is none."""
+    return "is a folder, not a file" if path.is_dir() else "no such file"
+
+
 def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:
     """Write a text file atomically."""
     with atomic_path(path, mode) as temporary:

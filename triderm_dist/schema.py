@@ -74,6 +74,12 @@ class CheckpointError(InputError):
     """A weight file that does not belong to the network it is loaded into."""
 
 
+def check_choice(key: str, value: object, known: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is none of the known ones."""
+    if value not in known:
+        raise ConfigError(f"{key}={value}: {did_you_mean(str(value), known)}")
+
+
 PLAIN_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 """A number as tables hold it; Python's float() also takes 3_0, inf and the digits of other scripts."""
 

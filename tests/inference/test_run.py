@@ -148,7 +148,7 @@ def test_values_are_read_as_in_a_table(run, photos):
     ):
         scores = {"MONET_clinical/hair": "0.25", "dermoscopic/HAIR": "0,5"}
         assert run.predict(*photos, concepts=scores, **fields).probabilities == expected
-    unknown = run.predict(*photos, age="unknown", sex=float("nan"))
+    unknown = run.predict(*photos, age=pd.NA, sex=float("nan"))
     assert unknown.probabilities == run.predict(*photos).probabilities
 
 
@@ -169,6 +169,8 @@ def test_values_are_read_as_in_a_table(run, photos):
         ({"clinical": b"GIF89a"}, "the clinical photo of lesion new: unreadable photo"),
         ({"clinical": np.zeros((4, 4, 3))}, r"pixels must be .* uint8, got \(4, 4, 3\) float64"),
         ({"clinical": 7}, "a photo is a path, bytes, an image or an array, not int"),
+        ({"clinical": str(ROOT)}, "is a folder, not a file"),
+        ({"concepts": [0.5]}, "concepts: must be {name: score}, not list"),
         ({"tta": 3}, "tta=3: must be 1, 2, 4 or 8 transforms"),
     ],
 )
@@ -251,6 +253,17 @@ def test_settings_of_the_machine_may_be_given(trained_run, run, photos):
     other = triderm_dist.load(trained_run.folder, device="cpu", precision="bf16", batch=2)
     found, expected = other.predict(*photos).probabilities, run.predict(*photos).probabilities
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=0.02) and found != expected
+    for setting, message in {
+        "precision": "precision=foo: known are auto, fp32, bf16, fp16",
+        "batch": "batch=foo: must be a number of lesions, 1 or more",
+        "networks": "networks=foo: known are folds, refit",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            triderm_dist.load(trained_run.folder, **{setting: "foo"})
+    with pytest.raises(InputError, match="batch=0: must be"):
+        triderm_dist.load(trained_run.folder, batch=0)
+    with pytest.raises(InputError, match="format=foo: known are zip, hub, onnx, torch_export"):
+        run.export("foo.zip", "foo")
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         triderm_dist.load(trained_run.folder, device="cpu", precision="fp16").predict(*photos)
 
@@ -384,6 +397,10 @@ def test_paths_of_a_table_and_rows_that_cannot_be_used(trained_run, run, tmp_pat
     folder = trained_run.test.folder
     with pytest.raises(InputError, match=r"DataFrame, row 1: .*'600' is not a number"):
         run.predict_table(frame, photos=folder)
+    with pytest.raises(InputError, match="DataFrame: has two columns 'age'; rename or remove one"):
+        run.predict_table(pd.concat([frame, frame["age"]], axis=1), photos=folder)
+    frame = frame.convert_dtypes()
+    frame["sex"] = frame["sex"].where(frame.index != 3)  # pandas.NA
     with pytest.warns(UserWarning) as warned:
         found = run.predict_table(frame, photos=folder, invalid="drop", tta=1)
     assert found["lesion_id"].tolist() == frame["lesion_id"][[0, 3]].tolist()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from triderm_dist.data.canvas import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.cells import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError, describe_changes
+from triderm_dist.files import why_no_file
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
@@ -32,12 +33,12 @@ from triderm_dist.inference.prediction import Prediction
 from triderm_dist.inference.predictor import Answer, Predictor
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen
-from triderm_dist.inference.table import read_input, read_lesions, table_of_frame
+from triderm_dist.inference.table import read_input, read_lesions, table_of_frame, text_of
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.extras import require
 from triderm_dist.runtime.messages import did_you_mean
-from triderm_dist.schema import InputError, MetadataField, Signature, Task
+from triderm_dist.schema import InputError, MetadataField, Signature, Task, check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,11 @@ class Run:
         precision: Precision | None = None,
         batch: int | None = None,
     ) -> None:
-        """See `triderm_dist.load`."""
+        """See `triderm_dist.load`. Raises InputError for an unknown precision, or a batch that is not positive."""
+        if precision is not None:
+            check_choice("precision", precision, get_args(Precision))
+        if batch is not None and (not isinstance(batch, int) or batch < 1):
+            raise InputError(f"batch={batch}: must be a number of lesions, 1 or more")
         self._run, self._device, self._precision, self._batch = folder, device, precision, batch
         self._loading = threading.Lock()
 
@@ -232,6 +237,7 @@ class Run:
         """
         from triderm_dist.inference.export import export_run
 
+        check_choice("format", format, get_args(Format))
         networks: Networks = "refit" if self._run.refitted and format in ("onnx", "torch_export") else "folds"
         export_run(
             self.folder, Path(output), format, networks=networks, models=models, folds=folds, license_name=license,
@@ -276,7 +282,7 @@ class Run:
             if view not in self.views:
                 raise InputError(f"{view}: task {task.name!r} has no such photo; it has {', '.join(self.views)}")
             if isinstance(photo, str | os.PathLike) and not Path(photo).is_file():
-                raise InputError(f"{view}: {os.fspath(photo)}: no such file")
+                raise InputError(f"{view}: {os.fspath(photo)}: {why_no_file(Path(photo))}")
         return PhotoSet(
             task,
             self.concepts,
@@ -285,7 +291,7 @@ class Run:
             short_side=self._run.short_side,
             lesion_ids=[lesion_id],
             metadata=np.array([self._metadata(fields)], np.float32),
-            concept_scores=np.array([self._scores(concepts or {})], np.float32),
+            concept_scores=np.array([self._scores({} if concepts is None else concepts)], np.float32),
         )
 
     def _metadata(self, given: Mapping[str, Any]) -> list[float]:
@@ -300,12 +306,14 @@ class Run:
             if seen.setdefault(field, name) != name:
                 raise InputError(f"{name}: given twice, also as {seen[field]}; remove one")
             try:
-                values[field] = parse_field(field, _text(value), self.task.missing_words)
+                values[field] = parse_field(field, text_of(value), self.task.missing_words)
             except ValueError as error:
                 raise InputError(f"{name}: {error}; leave it out if unknown") from None
         return [values[each] for each in self.fields]
 
     def _scores(self, given: Mapping[str, float | str | None]) -> list[float]:
+        if not isinstance(given, Mapping):
+            raise InputError(f"concepts: must be {{name: score}}, not {type(given).__name__}")
         prefix = self.task.concepts.prefix or ""
         spelled = {name.lower(): name for name in self.concepts}
         scores = dict.fromkeys(self.concepts, float("nan"))
@@ -315,7 +323,7 @@ class Run:
                 hint = did_you_mean(key, self.concepts) if self.concepts else "the task has none"
                 raise InputError(f"concepts: unknown concept {key!r}; {hint}")
             try:
-                scores[name] = parse_score(key, _text(value), self.task.missing_words, self.task.concepts.words)
+                scores[name] = parse_score(key, text_of(value), self.task.missing_words, self.task.concepts.words)
             except ValueError as error:
                 raise InputError(f"concepts: {error}; leave it out if unknown") from None
         return list(scores.values())
@@ -384,13 +392,6 @@ class PixelNetwork:
             raise InputError(f"the photo cannot be read ({error})") from None
         width, height = self.run.canvas
         return self.preprocessing(torch.from_numpy(fit_to_canvas(pixels, height, width).copy())[None])[0]
-
-
-def _text(value: Any) -> str:
-    """Return a value as the text of a table's cell."""
-    if value is None or value != value:
-        return ""
-    return str(value).strip()
 
 
 def _size(photo: Photo) -> tuple[int, int] | None:

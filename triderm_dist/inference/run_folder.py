@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from triderm_dist.config import CONFIG_FILE, Experiment, Networks, load_run
 from triderm_dist.data.shards.open import is_packed, open_index
@@ -17,7 +17,7 @@ from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.files import why_no_folder
-from triderm_dist.schema import DataError, Signature, Task
+from triderm_dist.schema import DataError, Signature, Task, check_choice
 from triderm_dist.tasks import recorded_task
 
 
@@ -54,6 +54,7 @@ def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
     Raises ConfigError for settings that this version cannot read, DataError for a folder that is no run, whose ensemble
     is not fitted or does not take these networks, CheckpointError for a fold.json that is damaged.
     """
+    check_choice("networks", networks, get_args(Networks))
     if not path.is_dir():
         raise DataError(f"{path}: {why_no_folder(path)}; give the folder of a run, a zip of it, or hf-hub:USER/NAME")
     if not (path / CONFIG_FILE).is_file():

@@ -259,17 +259,24 @@ def read_lesions(
     return ReadInput(lesions, (*_note_on_views(lesions), *reading.notes()), tuple(reading.problems))
 
 
+def text_of(value: Any) -> str:
+    """Return a Python value as the text of a table's cell: "" for None, NaN, NaT and pandas.NA."""
+    if value is None or (not isinstance(value, str) and str(value).lower() in ("nan", "nat", "<na>")):
+        return ""
+    return str(value).strip()
+
+
 def table_of_frame(frame: pd.DataFrame) -> Table:
-    """Return a DataFrame as a table of text; rows are numbered from 0."""
+    """Return a DataFrame as a table of text; rows are numbered from 0. Raises DataError if two columns share a name."""
 
     def text(value: Any) -> str:
-        if value is None or value != value:
-            return ""
-        if isinstance(value, float) and value.is_integer():
-            return str(int(value))
-        return str(value).strip()
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else text_of(value)
 
-    cells = {str(name): pa.array([text(value) for value in frame[name].tolist()], pa.string()) for name in frame}
+    names = [str(name) for name in frame.columns]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"DataFrame: has two columns {twice!r}; rename or remove one")
+    columns = [frame.iloc[:, at].tolist() for at in range(len(names))]
+    cells = {name: pa.array(map(text, column), pa.string()) for name, column in zip(names, columns, strict=True)}
     return Table(Path("DataFrame"), TableFormat(), cells, range(len(frame)))
 
 
