@@ -187,3 +187,12 @@ def test_too_few_lesions_for_the_diagnoses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="20 lesions are too few: 6 for each of 7 diagnoses"):
         write_set(tmp_path / "set", load_task("ham10000"), 20, 50, seed=0)
     assert not any(tmp_path.iterdir())
+
+
+def test_next_command_is_quoted_for_a_shell_and_a_file_is_no_folder(tmp_path: Path) -> None:
+    done = launch("triderm_dist.commands.synthetic", "output=a b", "lesions=100", "test_lesions=50", folder=tmp_path)
+    assert "data.source=a b/train'" in done.stdout
+    (tmp_path / "file").write_text("")
+    done = launch("triderm_dist.commands.demo", "output=file", folder=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: output: file: is a file; name a folder\n"

@@ -7,6 +7,7 @@ OUTPUT/train is a folder with labels, OUTPUT/test one without, OUTPUT/truth hold
 triderm_dist/data/synthetic describes how lesions are drawn.
 """
 
+import shlex
 from pathlib import Path
 
 from pydantic import Field
@@ -36,7 +37,7 @@ def main(config: SyntheticConfig) -> None:
         print(f"{output} holds this demo data already")
     settings = [f"data.source={output / 'train'}", f"data.test={output / 'test'}"]
     settings += [f"data.test_truth={truth_file(output, task)}", f"data.task={config.task}"]
-    print(f"next: triderm pipeline --config demo {' '.join(settings)}")
+    print(f"next: {shlex.join(['triderm', 'pipeline', '--config', 'demo', *settings])}")
 
 
 def start() -> None:
