@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from triderm_dist.config import COSMETIC, AugmentConfig, Experiment, ModelConfig, build
 from triderm_dist.schema import ConfigError
@@ -185,10 +185,29 @@ def _try(experiment: Experiment, model: str, settings: Mapping[str, Any], where:
 
 def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
     """Return the dotted settings that have no effect in this model, each with the reason."""
-    train, keys = model.train, list(keys)
-    rules: list[tuple[bool, tuple[str, ...], tuple[str, ...], str]] = [
-        # condition, the settings it depends on, the settings without effect, the reason
-        (
+    keys = list(keys)
+    return {
+        key: rule.reason
+        for rule in _rules(model)
+        if rule.applies and not set(rule.depends_on) & set(keys)
+        for key in keys
+        if is_within(key, rule.unused)
+    }
+
+
+class _Rule(NamedTuple):
+    """Settings that a model does not use. depends_on: those that decide whether the rule applies."""
+
+    applies: bool
+    depends_on: tuple[str, ...]
+    unused: tuple[str, ...]
+    reason: str
+
+
+def _rules(model: ModelConfig) -> list[_Rule]:
+    train = model.train
+    return [
+        _Rule(
             model.tower.frozen,
             ("tower.frozen",),
             (
@@ -202,68 +221,68 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             ),
             "with tower.frozen no block of a tower is trained",
         ),
-        (
+        _Rule(
             model.tower.cached and train.augment.token_variants == 0,
             ("tower.frozen", "tower.cache_frozen_blocks", "train.augment.token_variants"),
             tuple(f"train.augment.{name}" for name in AugmentConfig.pixel_keys()),
             "a frozen tower or cache_frozen_blocks with token_variants 0 uses unaugmented photos only",
         ),
-        (
+        _Rule(
             not model.tower.cached,
             ("tower.frozen", "tower.cache_frozen_blocks"),
             ("tower.token_dtype", "train.augment.token_variants"),
             "nothing of the tower is cached",
         ),
-        (
+        _Rule(
             model.kind in ("dual_cnn", "mlp"),
             ("kind",),
             ("heads", "depth", "fusion", "mlp_ratio"),
             f"a network of kind {model.kind} has no such part",
         ),
-        (
+        _Rule(
             "clinical" not in model.use,
             ("use",),
             ("tower.freeze_clinical", "train.augment.clinical_dropout", "train.augment.clinical_strength"),
             "the network does not use the clinical view",
         ),
-        (
+        _Rule(
             "dermoscopic" not in model.use,
             ("use",),
             ("tower.freeze_dermoscopic", "train.augment.dermoscopic_dropout"),
             "the network does not use the dermoscopic view",
         ),
-        (
+        _Rule(
             "concepts" not in model.use,
             ("use",),
             ("train.augment.concept_dropout",),
             "the network does not use concepts",
         ),
-        (
+        _Rule(
             not train.augment.mixes,
             ("train.augment.mixup", "train.augment.cutmix"),
             ("train.augment.unmixed_epochs",),
             "train.augment.mixup and cutmix are 0",
         ),
-        (
+        _Rule(
             train.augment.unmixed_epochs >= train.epochs,
             ("train.augment.unmixed_epochs",),
             ("train.augment.mixup", "train.augment.cutmix"),
             f"train.augment.unmixed_epochs leaves none of {train.epochs} epochs with mixed lesions",
         ),
-        (
+        _Rule(
             not train.loss.soft_f1_weight and not train.loss.terms,
             ("train.loss.soft_f1_weight", "train.loss.terms"),
             ("train.loss.soft_f1_sums",),
             "train.loss.soft_f1_weight is 0",
         ),
-        (
+        _Rule(
             train.sampling.kind != "balanced",
             ("train.sampling.kind",),
             ("train.sampling.threshold", "train.sampling.power"),
             "train.sampling.kind is not balanced",
         ),
         *(
-            (
+            _Rule(
                 getattr(train.loss, weight) == 0,
                 (f"train.loss.{weight}",),
                 tuple(f"train.loss.{name}" for name in names),
@@ -271,20 +290,13 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             )
             for weight, names in train.loss.USED_WITH.items()
         ),
-        (
+        _Rule(
             True,
             (),
             ("seeds", *(f"train.{name}" for name in (*COSMETIC, "validate_every"))),
             "it changes no result of a trial",
         ),
-    ]  # fmt: skip
-    return {
-        key: reason
-        for applies, conditions, unused, reason in rules
-        if applies and not set(conditions) & set(keys)
-        for key in keys
-        if is_within(key, unused)
-    }
+    ]
 
 
 def is_within(key: str, settings: Iterable[str]) -> bool:
