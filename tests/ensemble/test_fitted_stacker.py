@@ -109,8 +109,16 @@ def test_unknown_kinds_and_settings_are_refused(prior: StackConfig) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             stacker_kind(prior.model_copy(update=change))
-    assert ignored_settings(prior.model_copy(update={"max_depth": 5, "components": 3})) == ["max_depth"]
-    assert ignored_settings(StackConfig(max_depth=5)) == []
+
+
+def test_settings_without_effect_are_noted(prior: StackConfig) -> None:
+    changed = {"max_depth": 5, "components": 3}
+    assert ignored_settings(prior.model_copy(update=changed)) == ["stack.max_depth has no effect with stack.kind=prior"]
+    assert ignored_settings(StackConfig(max_depth=5)) == ignored_settings(StackConfig(enabled=False)) == []
+    assert ignored_settings(StackConfig(enabled=False, **changed)) == [
+        "stack.max_depth has no effect with stack.enabled=false",
+        "stack.components has no effect with stack.enabled=false",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["xgboost", "prior"])

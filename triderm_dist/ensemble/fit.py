@@ -82,6 +82,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     run_folder = Path(run_folder)
     stacker_kind(config.stack)
     table, models, notes = _read_table(run_folder / OOF_FILE, config)
+    notes += ignored_settings(config.stack)
 
     stack = stacker = None
     if config.stack.enabled:
@@ -217,12 +218,11 @@ def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, sta
 def _fit_stacker(
     run_folder: Path, table: OofTable, models: tuple[str, ...], config: Experiment
 ) -> tuple[NestedStack, FittedStacker, list[str]]:
-    """Fit the nested stack and the stacker of all rows; return them with notes on settings and on extra columns."""
+    """Fit the nested stack and the stacker of all rows; return them with notes on extra columns."""
     import_plugins(config.plugins)  # in a child process
     if not config.plugins:  # they may need its estimators
         import_xgboost_alone()
     stack, seed = config.stack, config.seed
-    notes = [f"stack.{name} has no effect with stack.kind={stack.kind}" for name in ignored_settings(stack)]
     names = column_names(table, models)
     with TemporaryDirectory(prefix="triderm-columns-") as folder:
         rows = _training_rows(_load_columns(table, models, len(names), stack.memory_gb, Path(folder)), table, names)
@@ -237,8 +237,7 @@ def _fit_stacker(
             variants[extra] = _training_rows(columns, table, names, extra)
         nested_stacks = {extra: nested_stack(each, table.folds, stack, seed) for extra, each in variants.items()}
         kept, nested, scores = choose_columns(nested_stacks, table.labels, table.folds)
-        if stack.extra:
-            notes.append(_explain_columns(kept, scores))
+        notes = [_explain_columns(kept, scores)] if stack.extra else []
         # No held-out rows are left for early stopping: the number of rounds comes from the stackers of the folds.
         stackers = list(nested.stackers.values())
         stacker = fit_stacker(variants[kept], stack, seed, openmp_threads(), fold_stackers=stackers)

@@ -60,13 +60,21 @@ def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
 
 
 def ignored_settings(config: StackConfig) -> list[str]:
-    """Return the keys of `stack` that were changed and have no effect on a stacker of this kind."""
-    if STACKERS[config.kind].Settings is StackConfig:
+    """Return a note on each key of `stack` that was changed and has no effect: with a stacker of this kind, or
+    without one.
+    """
+    used: tuple[str, ...]
+    if not config.enabled:
+        used, why = ("enabled",), "stack.enabled=false"
+    elif STACKERS[config.kind].Settings is StackConfig:
         return []
+    else:
+        used, why = SHARED_SETTINGS, f"stack.kind={config.kind}"
+    defaults = StackConfig()
     return [
-        name
-        for name, field in StackConfig.model_fields.items()
-        if name not in SHARED_SETTINGS and getattr(config, name) != field.default
+        f"stack.{name} has no effect with {why}"
+        for name in StackConfig.model_fields
+        if name not in used and getattr(config, name) != getattr(defaults, name)
     ]
 
 
