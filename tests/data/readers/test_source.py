@@ -39,6 +39,9 @@ def test_layout_of_milk10k_is_recognized(make_challenge: Make, tmp_path: Path) -
     (challenge.folder / "metadata.csv").write_text("img_id,diagnostic,age\nPAT_1.png,NEV,3\n")
     with pytest.raises(DataError, match="triderm task init"):
         task_setting(challenge.folder)
+    (challenge.folder / "run.py").touch()
+    with pytest.raises(DataError, match=r"run\.py: not a table \(\.csv, .*\); give one, or the folder"):
+        task_setting(challenge.folder / "run.py")
 
 
 def test_reader_is_that_of_the_task(make_challenge: Challenge, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from triderm_dist.data.readers import lesions_csv, milk10k
 from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.table import SUFFIXES
 from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
@@ -81,6 +82,8 @@ def task_setting(source: str | os.PathLike[str], setting: str | None = None) -> 
         return str(folder / TASK_FILE)
     if milk10k.has_layout(folder):
         return "milk10k"
+    if source.is_file() and source.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{source}: not a table ({', '.join(SUFFIXES)}); give one, or the folder that holds the photos")
     raise DataError(
         f"{folder}: no {TASK_FILE} says what the table holds, and the layout is not MILK10k's; triderm task init "
         f"{folder} writes one, or name a task"
