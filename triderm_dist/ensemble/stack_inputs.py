@@ -43,7 +43,7 @@ def stacker_columns(
     elif extra == "embeddings":
         block, tower = read_embeddings(embeddings_path(run_folder, "test" if is_test else "train"), table.lesion_ids)
         if is_test:
-            _, train_tower = read_embeddings(embeddings_path(run_folder, "train"), np.empty(0))
+            _, train_tower = read_embeddings(embeddings_path(run_folder, "train"), [])
             if tower != train_tower:
                 raise DataError(
                     f"{run_folder}: the test embeddings are by {tower}, the training embeddings by {train_tower}; "
@@ -121,7 +121,7 @@ def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, 
     write_checked_parquet(path, table, {b"tower": source.encode()})
 
 
-def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str]:
+def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple[np.ndarray, str]:
     """Return ((N, E) float32 in the order of `lesion_ids`, tower).
 
     Raises DataError naming the file, or a lesion that it lacks.

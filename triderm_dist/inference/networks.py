@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -158,7 +157,7 @@ class NetworkLoader:
         if stacker is None or stacker.extra != "embeddings":
             return None
         path = embeddings_path(self.run.path, "train")
-        source = read_embeddings(path, np.empty(0))[1]
+        source = read_embeddings(path, [])[1]
         models = [model for model in self.run.experiment.models.values() if model.tower.source == source]
         if not models:
             raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")

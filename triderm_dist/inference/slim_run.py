@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
@@ -104,7 +103,7 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
 def _write_embedding(run: RunFolder, folder: Path) -> None:
     """Write the tower whose embeddings the stacker reads, and its name in a table of no lesions."""
     path, models = embeddings_path(run.path, "train"), run.experiment.models
-    values, source = read_embeddings(path, np.empty(0))
+    values, source = read_embeddings(path, [])
     write_embeddings(embeddings_path(folder, "train"), [], values, source)
     model = next((model for model in models.values() if model.tower.source == source), None)
     if model is None:
