@@ -80,6 +80,17 @@ def start(
     )
 
 
+def interrupt_read(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a process that reads from a pipe, until it has ended: one that arrives just before the read
+    blocks is noticed after it only.
+    """
+    for _ in range(int(HANG_SECONDS) // 10):
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            return
+
+
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     """Wait for a process started by `start`; return its output and exit status."""
     try:

@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.processes import HANG_SECONDS, ROOT, finish, launch, start, wait_for
+from tests.processes import HANG_SECONDS, ROOT, finish, interrupt_read, launch, start, wait_for
 from triderm_dist.commands.ranks import status_of
 
 KUBERNETES = ROOT / "launch" / "kubernetes"
@@ -241,7 +241,7 @@ def test_signal_before_the_ranks_start_exits_with_3(tmp_path):
     os.mkfifo(tmp_path / "ddp.yaml")
     process = start_ranks(tmp_path, "wait", str(tmp_path / "ddp.yaml"))
     with (tmp_path / "ddp.yaml").open("w"):  # opens once the launcher reads the file, and blocks it until closed
-        process.send_signal(signal.SIGUSR1)
+        interrupt_read(process, signal.SIGUSR1)
         assert finish(process).returncode == 3
     assert not list(tmp_path.glob("ready-*"))
 

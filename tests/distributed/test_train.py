@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import WORKERS, finish, launch, start
+from tests.processes import WORKERS, finish, interrupt_read, launch, start
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
 
@@ -93,7 +93,7 @@ def test_signal_before_training_exits_with_3(settings, tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     process = start("launch.train", "--config", str(tmp_path / "pipe.yaml"), *settings[2:], f"output={tmp_path}/run")
     with (tmp_path / "pipe.yaml").open("w"):  # opens once the program reads the file, and blocks it until closed
-        process.send_signal(signal.SIGUSR1)
+        interrupt_read(process, signal.SIGUSR1)
         assert finish(process).returncode == 3
     assert not (tmp_path / "run").exists()
 

@@ -98,7 +98,7 @@ def main(config: PredictRun) -> None:
 
 def predict_test_set(config: PredictRun) -> None:
     """Predict the packed test set of the run, and write the results and their score into it."""
-    from triderm_dist.data.shards.open import is_packed, open_index
+    from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.fold import network_folders
     from triderm_dist.engine.predict_test import predict_test
@@ -112,7 +112,7 @@ def predict_test_set(config: PredictRun) -> None:
         raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
     if config.results != config.folder:
         raise ConfigError("output: without input the test set of the run is predicted, into its own folder; remove it")
-    if not config.data.test_shards and not is_packed(config.test_shards):
+    if not config.data.test_shards and not Path(config.test_shards).exists():
         raise ConfigError(
             f"run={config.folder}: has no packed test set ({config.test_shards}); name new photos by input, or a "
             "packed set by data.test_shards"
