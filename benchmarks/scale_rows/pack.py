@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,12 +78,12 @@ def measure_read(n: int, folder: Path) -> None:
 def measure_driver(n: int, folder: Path) -> dict[str, float]:
     """Do all that the process does which packs by a cluster, but hand the lesions to none: the shards are holes."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from triderm_dist.data.group_hashes import hash_groups
     from triderm_dist.data.readers import milk10k  # noqa: F401, its memory is not the driver's
-    from triderm_dist.data.shards.format import rows_schema
+    from triderm_dist.data.shards.format import ShardFile, rows_schema
     from triderm_dist.data.shards.pack import pack_shards
+    from triderm_dist.data.shards.part_folder import FinishedShard
     from triderm_dist.runtime.memory import return_freed_memory
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # for the columns of the set
@@ -98,14 +97,9 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
     def distribute(work: Any, shards: Any) -> Iterator[int]:
         part = work.args[0]
         for number, lesions in shards:
-            count = len(lesions)
-            path = part / "shards" / f"shard-{number:06d}.tar"
-            with path.open("wb") as file:
-                file.truncate(size)
-            record = {
-                "source": "", "settings": "", "problems": [], "converted": {},
-                "file": {"url": path.name, "samples": count, "bytes": size, "sha256": "0" * 64},
-            }  # fmt: skip
+            count, path = len(lesions), part.tar(number)
+            with path.open("wb") as tar:
+                tar.truncate(size)
             zeros = np.zeros(count, np.int32)
             photos = np.full((count, 6), 100, np.uint64)
             photos[:, 2::3] = np.arange(count * 2).reshape(count, 2) + number * 2 * 512 + 1
@@ -120,8 +114,8 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
                 "photos": photos.tolist(),
             }
             arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
-            about = schema.with_metadata({b"triderm-shard": json.dumps(record).encode()})
-            pq.write_table(pa.table(arrays, about), part / "rows" / f"{number:06d}.parquet")
+            file = ShardFile(path.name, count, size, "0" * 64)
+            part.add(number, FinishedShard("", "", file, (), {}), pa.table(arrays, schema))
             yield number
 
     options: dict[str, Any] = {"group_hashes": hashes, "distribute": distribute, "release_lesions": True}

@@ -99,7 +99,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         ],
         "read_table": ["rows=2000", f"scratch={folder}"],
         "report": ["lesions=500", "many=2000", "models=1", "resamples=10"],
-        "scale": ["rows=[plan]", "largest=10000", f"scratch={folder}"],
+        "scale": ["rows=[plan, pack driver]", "largest=10000", f"scratch={folder}"],
         "scaling": ["networks=[dual_cnn]", "check=false"],
         "soft_f1_sums": [f"shards={train}", "steps=2", "global_batch=8", "micro_batch=4", *tower],
         "stack": [
