@@ -9,7 +9,7 @@ from triderm_dist import __version__
 from triderm_dist.commands import PROGRAMS, names
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import did_you_mean
-from triderm_dist.runtime.process import open_missing_streams, work_goes_on_unread
+from triderm_dist.runtime.process import open_missing_streams, tolerate_closed_output
 
 
 def usage() -> str:
@@ -25,7 +25,7 @@ def main() -> None:
     open_missing_streams()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help", "--version", "version"):
-        with work_goes_on_unread():
+        with tolerate_closed_output():
             print(f"triderm-dist {__version__}" if "version" in name else usage())
     elif name in names():
         sys.argv[:2] = [f"triderm {name}"]

@@ -25,7 +25,7 @@ from triderm_dist.environment import recorded
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import one_line, printable
-from triderm_dist.runtime.process import prepare_process, work_goes_on_unread
+from triderm_dist.runtime.process import prepare_process, tolerate_closed_output
 from triderm_dist.runtime.rank_variables import check_rank_variables
 from triderm_dist.runtime.redact import redacted_output, remember
 from triderm_dist.runtime.run_log import LOG_FOLDER, RunLog
@@ -34,9 +34,9 @@ from triderm_dist.runtime.signals import (
     SIGNALS,
     cleaning_up,
     end_with_launcher,
+    exit_on_second_request,
     handle_signals,
     raise_stopped,
-    second_ends,
 )
 from triderm_dist.runtime.usage import report_usage
 from triderm_dist.schema import Busy, ConfigError, InputError
@@ -123,7 +123,7 @@ def _process() -> Iterator[None]:
     """
     prepare_process()
     end_with_launcher()
-    with work_goes_on_unread(), redacted_output():
+    with tolerate_closed_output(), redacted_output():
         yield
 
 
@@ -174,7 +174,7 @@ def run_with_exit_codes(work: Callable[[], None]) -> None:
 def _status_of(work: Callable[[], None]) -> int:
     """Call `work` and return its exit code; where it fails or is interrupted, print one line on stderr."""
     try:
-        with second_ends(), handle_signals(raise_stopped, (*SIGNALS, signal.SIGINT)):
+        with exit_on_second_request(), handle_signals(raise_stopped, (*SIGNALS, signal.SIGINT)):
             work()
         sys.stdout.flush()
         return 0

@@ -26,7 +26,14 @@ from triderm_dist.cli import BAD_INPUT, Interrupted
 from triderm_dist.environment import record_stage
 from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_json
 from triderm_dist.runtime.run_log import LOG_FOLDER
-from triderm_dist.runtime.signals import INTERRUPTED, SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
+from triderm_dist.runtime.signals import (
+    INTERRUPTED,
+    SIGNALS,
+    end_at_once,
+    end_with_parent,
+    handle_signals,
+    on_second_request,
+)
 from triderm_dist.runtime.terminal import clock, wrapped
 from triderm_dist.runtime.usage import USAGE_FILE, Meter, Usage
 
@@ -136,7 +143,7 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], tu
             raise Interrupted("rerun the same command to resume")
         return status, usage
 
-    with on_second(stop_at_once), handle_signals(stop, (*SIGNALS, signal.SIGINT)):
+    with on_second_request(stop_at_once), handle_signals(stop, (*SIGNALS, signal.SIGINT)):
         yield run
 
 

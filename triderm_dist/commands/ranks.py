@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from triderm_dist.commands import names
-from triderm_dist.runtime.process import prepare_process, work_goes_on_unread
+from triderm_dist.runtime.process import prepare_process, tolerate_closed_output
 from triderm_dist.runtime.signals import INTERRUPTED, LAUNCHER
 
 BAD_INPUT = 2
@@ -101,7 +101,7 @@ def restart_only_what_may_succeed() -> None:
 def start() -> None:
     prepare_process()
     if {"--help", "-h"} & set(sys.argv[1:2]):
-        with work_goes_on_unread():
+        with tolerate_closed_output():
             print(__doc__)
         return
     for name in FORWARDED:

@@ -20,7 +20,7 @@ from triderm_dist.engine.fold import check_task, is_fold_finished
 from triderm_dist.engine.fold_folder import remove_obsolete_checkpoints
 from triderm_dist.runtime.child_processes import ChildProcesses, Failure
 from triderm_dist.runtime.memory import available_memory
-from triderm_dist.runtime.signals import cleaning_up, end_at_once, on_second
+from triderm_dist.runtime.signals import cleaning_up, end_at_once, on_second_request
 from triderm_dist.runtime.terminal import clock, counted, wrapped
 from triderm_dist.schema import InputError
 
@@ -82,7 +82,7 @@ def run_local_folds(
         processes.kill()
         end_at_once()
 
-    with on_second(end_all_at_once):
+    with on_second_request(end_all_at_once):
         run_tasks(processes, list(tasks), retries)
 
 

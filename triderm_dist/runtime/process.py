@@ -80,7 +80,7 @@ class _DroppingStream:
 
 
 @contextmanager
-def work_goes_on_unread() -> Iterator[None]:
+def tolerate_closed_output() -> Iterator[None]:
     """Context in which a closed pipe or terminal does not end the program: what it prints is dropped from then on.
 
     A full disk behind a stream raises OSError with the name of the stream. Flushes both streams at the end.

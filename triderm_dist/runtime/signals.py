@@ -72,7 +72,7 @@ class _Watch:
     def __init__(self) -> None:
         self.requested: float | None = None
         """Time of the first request, by time.monotonic."""
-        self.on_second: Callable[[], object] = end_at_once
+        self.on_second_request: Callable[[], object] = end_at_once
 
     def receive(self, number: int) -> None:
         """Take a signal that arrived."""
@@ -84,7 +84,7 @@ class _Watch:
             if number == signal.SIGINT:
                 threading.Thread(target=self._end_if_stuck, daemon=True).start()
         elif number == signal.SIGINT and now - self.requested > SAME_SECONDS:
-            self.on_second()
+            self.on_second_request()
 
     def _end_if_stuck(self) -> None:
         for _ in range(int(STUCK_SECONDS * 10)):
@@ -104,8 +104,8 @@ def cleaning_up() -> None:
 
 
 @contextmanager
-def second_ends() -> Iterator[None]:
-    """In the block, a Ctrl-C after another request to stop ends the process at once, or calls `on_second`.
+def exit_on_second_request() -> Iterator[None]:
+    """In the block, a Ctrl-C after another request to stop ends the process at once, or calls `on_second_request`.
 
     A first Ctrl-C ends it too, where `raise_stopped` handles it but the main thread does not return to Python within
     `STUCK_SECONDS`. Does nothing outside of the main thread.
@@ -136,17 +136,17 @@ def second_ends() -> Iterator[None]:
 
 
 @contextmanager
-def on_second(action: Callable[[], object]) -> Iterator[None]:
+def on_second_request(action: Callable[[], object]) -> Iterator[None]:
     """Context in which a second request calls `action`, from another thread, instead of ending this process."""
     watch = _watch
     if watch is None:
         yield
         return
-    before, watch.on_second = watch.on_second, action
+    before, watch.on_second_request = watch.on_second_request, action
     try:
         yield
     finally:
-        watch.on_second = before
+        watch.on_second_request = before
 
 
 def end_with_parent() -> None:
