@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from triderm_dist.config import CONFIG_FILE, read_yaml
+from triderm_dist.config import CONFIG_FILE, cache_folder, read_yaml
 from triderm_dist.files import file_sha256
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import DataError, InputError
@@ -34,11 +34,6 @@ def locate_run(where: str | os.PathLike[str]) -> Path:
     return path.absolute()  # networks are loaded later, maybe from another working directory
 
 
-def cache_folder() -> Path:
-    """Return the folder for extracted runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triderm-dist" / "runs"
-
-
 def _download(where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -56,7 +51,7 @@ def _extract(path: Path) -> Path:
     """Extract a zip file of a run and return the folder in it that holds the run's settings."""
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not a zip file; give the folder of a run, a zip of it, or {HUB}USER/NAME")
-    target = cache_folder() / file_sha256(path)[:32]
+    target = cache_folder() / "runs" / file_sha256(path)[:32]
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
