@@ -49,14 +49,14 @@ class Numbers:
     def __len__(self) -> int:
         return len(self._codes)
 
-    def take(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Return the values of these rows."""
+    def values(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the values of these rows, by default all."""
         codes = self._codes[rows]
         if not self._divisor:
             return codes.astype(np.float64)
         return np.where(codes == np.iinfo(codes.dtype).max, np.nan, codes / self._divisor)
 
-    def kept(self, rows: np.ndarray) -> Numbers:
+    def take(self, rows: np.ndarray) -> Numbers:
         """Return the column of these rows."""
         column = object.__new__(Numbers)
         column._codes, column._divisor = self._codes[rows], self._divisor
@@ -137,17 +137,17 @@ class LesionTable(Sequence[Lesion]):
     def __getitem__(self, at: slice) -> list[Lesion]: ...
     def __getitem__(self, at: int | slice) -> Lesion | list[Lesion]:
         if isinstance(at, slice):
-            return self.take(np.arange(len(self))[at])
-        return self.take(np.array([range(len(self))[at]]))[0]
+            return self.lesions(np.arange(len(self))[at])
+        return self.lesions(np.array([range(len(self))[at]]))[0]
 
     def __iter__(self) -> Iterator[Lesion]:
         for start in range(0, len(self), CHUNK):
-            yield from self.take(np.arange(start, min(start + CHUNK, len(self))))
+            yield from self.lesions(np.arange(start, min(start + CHUNK, len(self))))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(_equal, self, other))
 
-    def take(self, rows: np.ndarray) -> list[Lesion]:
+    def lesions(self, rows: np.ndarray) -> list[Lesion]:
         """Return the lesions of these rows (n,)."""
         ids = self.ids[rows].tolist()
         own = [
@@ -157,7 +157,7 @@ class LesionTable(Sequence[Lesion]):
             for view in VIEWS
         ]
         columns = [
-            np.stack([column.take(rows) for column in part], 1).tolist() if part else [[]] * len(ids)
+            np.stack([column.values(rows) for column in part], 1).tolist() if part else [[]] * len(ids)
             for part in (self.concepts, self.metadata)
         ]
         groups = self.group_names(rows)
@@ -194,16 +194,16 @@ class LesionTable(Sequence[Lesion]):
         result[ungrouped] = codes[len(codes) - len(ungrouped) :]
         return result, names.dictionary
 
-    def kept(self, rows: np.ndarray) -> LesionTable:
+    def take(self, rows: np.ndarray) -> LesionTable:
         """Return the table of these rows (n,)."""
         if len(rows) == len(self) and np.array_equal(rows, np.arange(len(self))):
             return self
         return replace(
             self,
-            ids=self.ids.kept(rows),
+            ids=self.ids.take(rows),
             images={view: column[rows] for view, column in self.images.items()},
-            concepts=[column.kept(rows) for column in self.concepts],
-            metadata=[column.kept(rows) for column in self.metadata],
+            concepts=[column.take(rows) for column in self.concepts],
+            metadata=[column.take(rows) for column in self.metadata],
             labels=self.labels[rows],
             fine=self.fine[rows],
             group=self.group[rows],

@@ -142,7 +142,7 @@ class _Reading:
             self.columns.add_problem(int(first[at]), "missing photo", f"{what}; {hint}" if hint else what)
             kept[at] = False
         table = LesionTable(
-            self.columns.names if len(code) == len(self.columns.names) else self.columns.names.kept(code),
+            self.columns.names if len(code) == len(self.columns.names) else self.columns.names.take(code),
             self.photos.paths,
             images,
             concepts,
@@ -151,7 +151,7 @@ class _Reading:
             fine.astype(np.int16),
             group_names,
             group,
-        ).kept(np.flatnonzero(kept))
+        ).take(np.flatnonzero(kept))
         return table, self._all_notes(table), self.columns.problems
 
     @property
@@ -284,9 +284,9 @@ class _Reading:
     def _all_notes(self, lesions: LesionTable) -> list[str]:
         """Return what was tolerated, with counts."""
         tolerated: Counter[str] = Counter()
-        for about, values in zip(self.task.fields, lesions.metadata, strict=True):
-            missing = int(np.isnan(values.take(slice(None))).sum())
-            tolerated[f"without {about.label}"] += missing if about.column in self.table.cells else 0
+        for field, column in zip(self.task.fields, lesions.metadata, strict=True):
+            missing = int(np.isnan(column.values()).sum())
+            tolerated[f"without {field.label}"] += missing if field.column in self.table.cells else 0
         labels = Counter(dict(zip(*map(np.ndarray.tolist, np.unique(lesions.labels, return_counts=True)), strict=True)))
         tolerated["without a diagnosis"] += labels[UNLABELED] if self.columns.labeled else 0
         if len(self.task.views) > 1:

@@ -88,7 +88,7 @@ class Text(Sequence[str]):
         """(N,) large_string."""
         return self._column
 
-    def kept(self, rows: np.ndarray) -> Text:
+    def take(self, rows: np.ndarray) -> Text:
         """Return the strings of these rows (n,)."""
         return Text(pa.chunked_array([self._column.take(pa.array(rows))]))
 

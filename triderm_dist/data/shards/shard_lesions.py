@@ -43,7 +43,7 @@ class ShardLesions(Sequence[list[Lesion]]):
         if isinstance(number, slice):
             return [self[each] for each in range(len(self))[number]]
         start = range(len(self))[number] * self._samples
-        return self._table.take(self._order[start : start + self._samples])
+        return self._table.lesions(self._order[start : start + self._samples])
 
 
 def _runs(keys: np.ndarray) -> list[tuple[int, int]]:

@@ -65,7 +65,7 @@ def read_challenge(
         find_photo.clear()
     if problems:
         bad = {problem.lesion_id for problem in problems}
-        lesions = lesions.kept(np.array([at for at, name in enumerate(metadata.names) if name not in bad], np.int64))
+        lesions = lesions.take(np.array([at for at, name in enumerate(metadata.names) if name not in bad], np.int64))
     notes = _tolerated(lesions, task, labeled=truth_path is not None)
     notes += _notes_on_table(table, metadata, lesions, used={*known, *scores})
     if where_labeled:
@@ -122,7 +122,7 @@ def _tolerated(lesions: LesionTable, task: Task, labeled: bool) -> list[str]:
     one_photo = np.any([column < 0 for column in lesions.images.values()], axis=0)
     tolerated: Counter[str] = Counter({"with one photo, the other view marked missing": int(one_photo.sum())})
     for field, column in zip(task.fields, lesions.metadata, strict=True):
-        tolerated[f"without {field.label}"] += int(np.isnan(column.take(slice(None))).sum())
+        tolerated[f"without {field.label}"] += int(np.isnan(column.values()).sum())
     tolerated["without a diagnosis"] += int((lesions.labels == UNLABELED).sum()) if labeled else 0
     return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
 
