@@ -26,7 +26,7 @@ from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, T
 
 
 @dataclass(frozen=True)
-class Lesions:
+class LesionSet:
     """The lesions of a set, packed or not, for checks.
 
     where: folder of the set.  labels: (N,).  groups: returns (N,) integers, the groups that folds keep together.
@@ -51,7 +51,7 @@ def check_pipeline(experiment: Experiment) -> list[str]:
     _check_towers(experiment)
     notes = list[str]()
 
-    def check(train: Lesions) -> None:
+    def check(train: LesionSet) -> None:
         check_training(experiment, train)
         if experiment.stack.enabled:
             try:
@@ -62,7 +62,7 @@ def check_pipeline(experiment: Experiment) -> list[str]:
     train = _read(experiment, "train", data.source, check)
     if data.test or data.test_shards:
 
-        def check_test(test: Lesions) -> None:
+        def check_test(test: LesionSet) -> None:
             if train:
                 _check_concepts(train, test)
             if data.test_truth:
@@ -78,7 +78,7 @@ def check_pipeline(experiment: Experiment) -> list[str]:
     return notes
 
 
-def check_training(experiment: Experiment, train: Lesions) -> None:
+def check_training(experiment: Experiment, train: LesionSet) -> None:
     """Raise DataError if a training set cannot be split into the folds, or has fewer than two diagnoses."""
     present = np.unique(train.labels[train.labels != UNLABELED])
     if len(present) < 2:
@@ -119,15 +119,17 @@ def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:
     return [f"{found.name}: {found.text}; {found.advice}"]
 
 
-def lesions_of(index: ShardIndex) -> Lesions:
+def lesions_of(index: ShardIndex) -> LesionSet:
     """Return the lesions of a packed set."""
-    return Lesions(
+    return LesionSet(
         str(index.folder), index.task, index.lesion_ids, index.labels, lambda: index.fold_groups, index.folds,
         index.concepts,
     )  # fmt: skip
 
 
-def _read(experiment: Experiment, split: str, source: str | None, check: Callable[[Lesions], None]) -> Lesions | None:
+def _read(
+    experiment: Experiment, split: str, source: str | None, check: Callable[[LesionSet], None]
+) -> LesionSet | None:
     """Read a set and check it: the packed one, or the folder to pack if that is absent or fails the check.
 
     Returns None for a folder whose rows have problems, which packing will list.
@@ -155,7 +157,7 @@ def _read(experiment: Experiment, split: str, source: str | None, check: Callabl
     _, first, groups = np.unique(table.distinct_groups()[0], return_index=True, return_inverse=True)
     codes = np.argsort(np.argsort(first))[groups]  # in the order in which they appear
     labels, groups = table.labels.astype(np.int64), decimal_order(len(first))[codes]
-    lesions = Lesions(
+    lesions = LesionSet(
         source, task, table.ids.tolist(), labels, lambda: groups, partial(assign_folds, labels, groups),
         dataset.concepts,
     )  # fmt: skip
@@ -163,14 +165,14 @@ def _read(experiment: Experiment, split: str, source: str | None, check: Callabl
     return lesions
 
 
-def _labeled(experiment: Experiment, train: Lesions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _labeled(experiment: Experiment, train: LesionSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return labels, groups and folds of the labeled lesions."""
     folds = train.folds(experiment.data.folds, experiment.data.fold_seed)
     rows = folds >= 0
     return train.labels[rows], train.groups()[rows], folds[rows]
 
 
-def _check_concepts(train: Lesions, test: Lesions) -> None:
+def _check_concepts(train: LesionSet, test: LesionSet) -> None:
     if differing := sorted(set(train.concepts) ^ set(test.concepts)):
         owner = "the training set" if differing[0] in train.concepts else "the test set"
         raise DataError(
