@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.processes import wait_for
-from triderm_dist.inference.chunks import PredictionJob, identity, prediction_table
+from triderm_dist.inference.chunks import PredictionJob, prediction_table, run_hash
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.table import read_input
 from triderm_dist.schema import DataError
@@ -49,8 +49,8 @@ def test_chunks_equal_one_pass(predictor, lesions, tmp_path):
     assert [len(job._rows(number)) for number in range(len(job.chunks))] == [4, 4, 2]
     assert progress[-1] == (LESIONS, LESIONS) and [done for done, _ in progress[:3]] == [4, 8, 10]
     table, problems, _ = job.result()
-    answer = predictor.predict(lesions, 2)
-    expected = prediction_table(answer, predictor.run.task, predictor.members)
+    predictions = predictor.predict(lesions, 2)
+    expected = prediction_table(predictions, predictor.run.task, predictor.members)
     assert not problems and table.column_names == expected.column_names
     assert table["lesion_id"].to_pylist() == lesions.lesion_ids.tolist()
     assert table["decision"].to_pylist() == expected["decision"].to_pylist()
@@ -138,7 +138,7 @@ def test_identity_changes_with_the_ensemble(trained_run, predictor, tmp_path):
 
     shutil.copytree(trained_run.folder, tmp_path / "run")
     run = open_run_folder(tmp_path / "run")
-    assert identity(run) == identity(predictor.run)
+    assert run_hash(run) == run_hash(predictor.run)
     with (tmp_path / "run" / "ensemble.json").open("a") as file:
         file.write("\n")
-    assert identity(run) != identity(predictor.run)
+    assert run_hash(run) != run_hash(predictor.run)

@@ -86,11 +86,11 @@ def check(folder: Path, predictor: Predictor) -> None:
     parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
     expected, photos = predict_ensemble(folder, average_test(parts), parts), photos_of(folder)
     rows = [list(expected.lesion_ids).index(lesion) for lesion in photos.lesion_ids]
-    answer = predictor.predict(photos, 8)
-    assert list(answer.results.lesion_ids) == photos.lesion_ids.tolist()
-    np.testing.assert_allclose(answer.results.probabilities, expected.probabilities[rows], atol=1e-6)
-    assert np.array_equal(answer.results.decisions, expected.decisions[rows])
-    assert answer.members.shape == (len(predictor.members), LESIONS, 11)
+    predictions = predictor.predict(photos, 8)
+    assert list(predictions.results.lesion_ids) == photos.lesion_ids.tolist()
+    np.testing.assert_allclose(predictions.results.probabilities, expected.probabilities[rows], atol=1e-6)
+    assert np.array_equal(predictions.results.decisions, expected.decisions[rows])
+    assert predictions.members.shape == (len(predictor.members), LESIONS, 11)
 
 
 def test_shared_parts_are_computed_once_and_change_nothing(folder):
@@ -128,7 +128,7 @@ def test_the_frozen_blocks_of_a_vit_are_split_off_without_a_change():
 def test_networks_alone_take_pixels_and_compute_the_same(folder):
     run, photos = Run(open_run_folder(folder), device="cpu"), photos_of(folder)
     row = [photos.photos[view][0] for view in VIEWS]
-    answer = run.predictor.predict(photos.take(slice(0, 1)), 1)
+    predictions = run.predictor.predict(photos.take(slice(0, 1)), 1)
     for each in run.networks():
         pixels = [each.preprocess(photo)[None] for photo in row]
         inputs = photos.inputs(np.arange(1))
@@ -136,7 +136,7 @@ def test_networks_alone_take_pixels_and_compute_the_same(folder):
         with torch.no_grad():
             logits = each.network(*pixels, *tensors).logits[0].numpy()
         weights = run._run.networks[each.model][each.fold].weights
-        (expected,) = (part for part in answer.parts if part.model_hash[0] == weights)
+        (expected,) = (part for part in predictions.parts if part.model_hash[0] == weights)
         np.testing.assert_allclose(logits, expected.logits[0], atol=1e-5)
 
 
@@ -170,6 +170,6 @@ def test_many_photos_prepare_frozen_towers_which_changes_probabilities_by_roundi
     predictor.predict(photos, 8)
     assert not lines  # 240 photos would not repay it
     predictor.prepare(16, 8, lines.append)
-    answer = predictor.predict(photos, 8)
+    predictions = predictor.predict(photos, 8)
     assert len(lines) == 1 and "frozen tower: computed by" in lines[0]
-    np.testing.assert_allclose(answer.results.probabilities, expected.results.probabilities, atol=1e-4)
+    np.testing.assert_allclose(predictions.results.probabilities, expected.results.probabilities, atol=1e-4)

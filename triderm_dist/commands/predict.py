@@ -36,7 +36,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
 from triderm_dist.environment import record_data
-from triderm_dist.files import named
+from triderm_dist.files import resolve_dots
 from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
@@ -104,7 +104,7 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.engine.predict_test import predict_test
     from triderm_dist.ensemble.artifact import Ensemble
     from triderm_dist.ensemble.fitted_stacker import FittedStacker
-    from triderm_dist.ensemble.predict import check_task, submit
+    from triderm_dist.ensemble.predict import check_task, write_test_results
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
 
@@ -137,7 +137,7 @@ def predict_test_set(config: PredictRun) -> None:
     files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]
     refitted = config.networks == "refit"
     folder = config.folder / "refit" if refitted else config.folder
-    for path in submit(config.folder, files, folder):
+    for path in write_test_results(config.folder, files, folder):
         print(wrapped(f"wrote {path}"))
     networks = "refitted networks" if refitted else f"{config.data.folds} folds averaged"
     if ensemble.weighting in ensemble.members:
@@ -205,7 +205,7 @@ def predict_input(config: PredictRun) -> None:
         read = read_input(inputs, run, photos=photos, view=config.view, invalid=config.invalid)
     except InvalidLesions as error:
         if is_main() and not printed:
-            print_problems(error.problems, Path(f"{named(output)}.problems.csv"))
+            print_problems(error.problems, Path(f"{resolve_dots(output)}.problems.csv"))
         raise
     if printed and (len(read.lesions) > MAX_PRINTED or world_size() > 1):
         raise ConfigError(f"output: name a file or folder for the predictions of {len(read.lesions):,} lesions")
@@ -234,14 +234,14 @@ def print_predictions(job: PredictionJob, read: ReadInput) -> None:
     from triderm_dist.inference.chunks import prediction_table
 
     task = job.predictor.run.task
-    answer = job.predictor.predict(job.lesions, job.transforms, job.drop)
-    for row in prediction_table(answer, task, job.predictor.members).to_pylist():
+    predictions = job.predictor.predict(job.lesions, job.transforms, job.drop)
+    for row in prediction_table(predictions, task, job.predictor.members).to_pylist():
         ranked = sorted(task.diagnosis_names, key=lambda name: -row[name])[:3]
         values = ", ".join(f"{name} {row[name]:.3f}" for name in ranked)
         print(wrapped(f"{row['lesion_id']}: {row['decision'] or 'no diagnosis'} ({values})"))
-    for problem in (*read.problems, *answer.problems.values()):
+    for problem in (*read.problems, *predictions.problems.values()):
         print(wrapped(f"left out: {problem}"))
-    for note in describe_changes(answer.changes):
+    for note in describe_changes(predictions.changes):
         print(wrapped(f"note: {note}"))
 
 
@@ -251,7 +251,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
     from triderm_dist.data.shards.photos import describe_changes
     from triderm_dist.distributed.collectives import is_main, on_main, rank, world_size
     from triderm_dist.files import exclusive_lock
-    from triderm_dist.inference.chunks import identity
+    from triderm_dist.inference.chunks import run_hash
     from triderm_dist.inference.output import is_written, write_predictions
 
     output, run = config.results, job.predictor.run
@@ -277,9 +277,9 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
         table, problems, changes = job.result()
         for note in describe_changes(changes):
             print(wrapped(f"note: {note}"))
-        print_problems([*read.problems, *problems], Path(f"{named(output)}.problems.csv"))
+        print_problems([*read.problems, *problems], Path(f"{resolve_dots(output)}.problems.csv"))
         about = {
-            "key": job.key, "run": identity(run), "task": run.task.to_mapping(), "members": [*job.predictor.members],
+            "key": job.key, "run": run_hash(run), "task": run.task.to_mapping(), "members": [*job.predictor.members],
             "transforms": job.transforms,
         }  # fmt: skip
         paths = write_predictions(output, table, run.task, about)

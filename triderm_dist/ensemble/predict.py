@@ -50,7 +50,7 @@ LESIONS = 16_384
 """Test lesions that are predicted at once."""
 
 
-def submit(run_folder: Path, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
+def write_test_results(run_folder: Path, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
     """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble of RUN, and write the results.
 
     folder: for the files, by default RUN. They are `result_files`, the files of `write_probabilities`,

@@ -24,7 +24,7 @@ from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.problems import Problem
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE
 from triderm_dist.files import file_sha256
-from triderm_dist.inference.predictor import Answer, Predictor
+from triderm_dist.inference.predictor import EnsemblePredictions, Predictor
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.schema import Task
 from triderm_dist.submission import results_table
@@ -114,15 +114,15 @@ class PredictionJob:
 
     def _predict(self, number: int) -> None:
         lesions = self.lesions.take(self.chunks[number])
-        answer = self.predictor.predict(lesions, self.transforms, self.drop)
-        table = prediction_table(answer, self.predictor.run.task, self.predictor.members)
-        problems = [answer.problems[row] for row in sorted(answer.problems)]
+        predictions = self.predictor.predict(lesions, self.transforms, self.drop)
+        table = prediction_table(predictions, self.predictor.run.task, self.predictor.members)
+        problems = [predictions.problems[row] for row in sorted(predictions.problems)]
         kept = np.ones(len(lesions), bool)
-        kept[list(answer.problems)] = False
+        kept[list(predictions.problems)] = False
         about = {
             "key": self._key(number),
             "problems": [asdict(problem) for problem in problems],
-            "changes": dict(answer.changes),
+            "changes": dict(predictions.changes),
         }
         write_checked_parquet(self._path(number), table.filter(pa.array(kept)), {_KEY: json.dumps(about).encode()})
 
@@ -146,11 +146,11 @@ class PredictionJob:
     def _settings(self) -> str:
         predictor = self.predictor
         precisions = [str(model.dtype) for model in predictor.models]
-        about = [identity(predictor.run), self.transforms, self.drop, predictor.batch, predictor.device.type]
+        about = [run_hash(predictor.run), self.transforms, self.drop, predictor.batch, predictor.device.type]
         return json.dumps([*about, precisions])
 
 
-def identity(run: RunFolder) -> str:
+def run_hash(run: RunFolder) -> str:
     """Return the SHA-256 of a run's networks, stacker and ensemble."""
     weights = [[name, [each.weights for each in trained]] for name, trained in run.networks.items()]
     files = [ENSEMBLE_FILE, *sorted(path.name for path in run.path.glob(f"{Path(STACK_FILE).stem}.*"))]
@@ -158,6 +158,7 @@ def identity(run: RunFolder) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def prediction_table(answer: Answer, task: Task, members: tuple[str, ...]) -> pa.Table:
-    """Return the `results_table` of an answer."""
-    return results_table(answer.results, dict(zip(members, answer.members, strict=True)), task.diagnosis_names)
+def prediction_table(predictions: EnsemblePredictions, task: Task, members: tuple[str, ...]) -> pa.Table:
+    """Return the `results_table` of predictions."""
+    by_member = dict(zip(members, predictions.members, strict=True))
+    return results_table(predictions.results, by_member, task.diagnosis_names)

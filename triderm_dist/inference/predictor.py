@@ -43,7 +43,7 @@ from triderm_dist.schema import VIEWS, Batch, Outputs
 from triderm_dist.submission import Results
 
 
-class Answer(NamedTuple):
+class EnsemblePredictions(NamedTuple):
     """The ensemble's predictions for N lesions.
 
     members: (M, N, C) probabilities.  parts: the outputs of every network.  problems: by row, photos that could not be
@@ -92,7 +92,7 @@ class Predictor:
         """
         self._loader.prepare(lesions * transforms * len(self.run.signature.views), report)
 
-    def predict(self, photos: PhotoSet, transforms: int, drop: bool = False) -> Answer:
+    def predict(self, photos: PhotoSet, transforms: int, drop: bool = False) -> EnsemblePredictions:
         """Predict lesions of different ids by every network, averaged over transforms of the dihedral group, and
         combine them by stacker and ensemble.
 
@@ -116,7 +116,7 @@ class Predictor:
         with self._combining:
             results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
         changes = Counter(change for photo in source.changes.values() for change in photo)
-        return Answer(results, members, parts, dict(source.problems), changes)
+        return EnsemblePredictions(results, members, parts, dict(source.problems), changes)
 
     @torch.no_grad()
     def attention(self, photos: PhotoSet) -> dict[str, AttentionMaps]:

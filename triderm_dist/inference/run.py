@@ -30,7 +30,7 @@ from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
 from triderm_dist.inference.prediction import Prediction
-from triderm_dist.inference.predictor import Answer, Predictor
+from triderm_dist.inference.predictor import EnsemblePredictions, Predictor
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen
 from triderm_dist.inference.table import read_input, read_lesions, table_of_frame, text_of
@@ -137,8 +137,8 @@ class Run:
         cannot be read.
         """
         photos = self._one_lesion({"clinical": clinical, "dermoscopic": dermoscopic}, concepts, lesion_id, fields)
-        answer = self.predictor.predict(photos, self._transforms(tta))
-        return self._prediction(answer, [*self._warnings(photos), *describe_changes(answer.changes)])
+        predictions = self.predictor.predict(photos, self._transforms(tta))
+        return self._prediction(predictions, [*self._warnings(photos), *describe_changes(predictions.changes)])
 
     def predict_table(
         self,
@@ -172,11 +172,11 @@ class Run:
         size = BATCHES * predictor.batch  # limits the memory for the features of all networks
         for start in range(0, len(lesions), size):
             part = lesions.take(slice(start, start + size))
-            answer = predictor.predict(part, transforms, drop=invalid == "drop")
-            kept = np.isin(np.arange(len(part)), list(answer.problems), invert=True)
-            tables.append(prediction_table(answer, self.task, self.members).filter(kept))
-            left_out += answer.problems.values()
-            changes += answer.changes
+            predictions = predictor.predict(part, transforms, drop=invalid == "drop")
+            kept = np.isin(np.arange(len(part)), list(predictions.problems), invert=True)
+            tables.append(prediction_table(predictions, self.task, self.members).filter(kept))
+            left_out += predictions.problems.values()
+            changes += predictions.changes
         for note in (*given.notes, *describe_changes(changes), *(f"left out: {problem}" for problem in left_out)):
             warnings.warn(note, stacklevel=2)
         return pa.concat_tables(tables).to_pandas()
@@ -249,21 +249,21 @@ class Run:
             raise InputError(f"tta={tta}: must be 1, 2, 4 or 8 transforms")
         return tta or self._run.experiment.predict.transforms
 
-    def _prediction(self, answer: Answer, notes: Iterable[str]) -> Prediction:
+    def _prediction(self, predictions: EnsemblePredictions, notes: Iterable[str]) -> Prediction:
         """Return the prediction for one lesion."""
         names = self.diagnoses
 
         def by_name(values: np.ndarray) -> dict[str, Any]:
             return dict(zip(names, values.tolist(), strict=True))
 
-        decisions = by_name(answer.results.decisions[0])
+        decisions = by_name(predictions.results.decisions[0])
         decided = tuple(name for name in names if decisions[name])
         return Prediction(
-            lesion_id=answer.results.lesion_ids[0],
-            probabilities=by_name(answer.results.probabilities[0]),
+            lesion_id=predictions.results.lesion_ids[0],
+            probabilities=by_name(predictions.results.probabilities[0]),
             diagnosis=decided[0] if self._run.fitted.ensemble.rule == "nearest" else decided,
             decisions=decisions,
-            members={name: by_name(values[0]) for name, values in zip(self.members, answer.members, strict=True)},
+            members={name: by_name(values[0]) for name, values in zip(self.members, predictions.members, strict=True)},
             warnings=tuple(notes),
         )
 

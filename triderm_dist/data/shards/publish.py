@@ -11,7 +11,7 @@ from typing import Any
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.open import is_url
 from triderm_dist.data.shards.remote import address_of, retried
-from triderm_dist.files import named
+from triderm_dist.files import resolve_dots
 from triderm_dist.runtime.redact import redact
 
 _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf", "memory"}
@@ -21,7 +21,7 @@ _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", 
 def local_name(output: str | os.PathLike[str]) -> Path:
     """Return an output folder, or for a URL a name in the working folder, from which names of related files derive."""
     if not is_url(output):
-        return named(Path(output))
+        return resolve_dots(Path(output))
     where = redact(os.fspath(output)).partition("://")[2].partition("?")[0]
     return Path(re.sub(r"[^A-Za-z0-9._]+", "-", where).strip("-.") or "output")
 
@@ -77,8 +77,8 @@ class RemoteFolder:
             files.invalidate_cache()
             parents = (location.rstrip("/"), location.partition("?")[0].rstrip("/"))  # of links with and without query
             entries = [entry for entry in files.ls(location, detail=True) if entry["type"] == "file"]
-            named = ((*entry["name"].rpartition("/")[::2], entry) for entry in entries)
-            return {name: entry for parent, name, entry in named if parent in parents and name}
+            resolve_dots = ((*entry["name"].rpartition("/")[::2], entry) for entry in entries)
+            return {name: entry for parent, name, entry in resolve_dots if parent in parents and name}
 
         return retried(self.url, work)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from triderm_dist.files import named, naming_file
+from triderm_dist.files import naming_file, resolve_dots
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
 
@@ -52,7 +52,7 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
         if readme.is_file() and settings in readme.read_text(encoding="utf-8", errors="replace").splitlines():
             return False
         raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
-    output = named(output)
+    output = resolve_dots(output)
     temporary = output.with_name(output.name + ".part")
     if temporary.exists():
         shutil.rmtree(temporary)  # left by a run that was killed
