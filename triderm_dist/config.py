@@ -865,6 +865,17 @@ class Experiment(Extensible):
         """Return the seed of a model's initial weights, order of lesions and augmentation."""
         return self.seed + (0 if self.models[model].seeds else int(model.rpartition("-s")[2]))
 
+    def without_idle_settings(self, model: str) -> Experiment:
+        """Return the experiment in which settings that have no effect on a model's training are not given: `token_seed`
+        equal to `seed`, which null takes, and `validate_every` where no weights are selected by a score.
+        """
+        changes: dict[str, Any] = {"token_seed": None} if self.token_seed == self.seed else {}
+        config = self.models[model]
+        if config.train.select == "last" and config.train.validate_every != 1:
+            train = config.train.model_copy(update={"validate_every": 1})
+            changes["models"] = {**self.models, model: config.model_copy(update={"train": train})}
+        return self.model_copy(update=changes) if changes else self
+
     @property
     def train_shards(self) -> str:
         """A folder or a URL."""

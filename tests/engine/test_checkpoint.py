@@ -56,7 +56,7 @@ def test_files_hold_the_training_as_it_was_when_they_were_asked_for(training, tm
 
     monkeypatch.setattr(checkpoint, "write_tensors", write_later)
     accelerator, expected = Accelerator(cpu=True), []
-    with Checkpoints(tmp_path, "hash", keep_last=2) as checkpoints:
+    with Checkpoints(tmp_path, ["hash"], keep_last=2) as checkpoints:
         for _ in range(2):
             may_write.clear()
             take_step(training)
@@ -82,7 +82,7 @@ def test_files_hold_the_training_as_it_was_when_they_were_asked_for(training, tm
 
 
 def test_full_disk_is_raised_by_the_next_save_and_at_the_end(training, tmp_path):
-    accelerator, checkpoints = Accelerator(cpu=True), Checkpoints(tmp_path, "hash", keep_last=2)
+    accelerator, checkpoints = Accelerator(cpu=True), Checkpoints(tmp_path, ["hash"], keep_last=2)
     take_step(training)
     (tmp_path / "checkpoints").write_text("in the way of the folder")
     checkpoints.save(accelerator, training)
@@ -108,7 +108,7 @@ def test_full_disk_is_raised_by_the_next_save_and_at_the_end(training, tmp_path)
 def test_saves_are_due_by_time(training, tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    checkpoints = Checkpoints(tmp_path, "hash", keep_last=2)
+    checkpoints = Checkpoints(tmp_path, ["hash"], keep_last=2)
     now += 59
     assert checkpoints.is_due(59) and not checkpoints.is_due(60)
     take_step(training)

@@ -28,7 +28,14 @@ from triderm_dist.config import (
     stable_dump,
 )
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.engine.fold import check_task, is_fold_finished, result_hash, resume_hash
+from triderm_dist.engine.fold import (
+    check_task,
+    is_fold_finished,
+    result_hash,
+    result_hashes,
+    resume_hash,
+    resume_hashes,
+)
 from triderm_dist.engine.token_extraction import augmented_versions
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.settings import Section, describe
@@ -108,6 +115,23 @@ def test_stages_and_tokens_of_the_first_version_are_reused(tmp_path, monkeypatch
     for change in ({"rotation": 1.0}, {"extra": {"random_erasing": {"share": 0.1}}}):
         assert augmented_versions(augment.model_copy(update=change), 0) != RECORDS["augmented_versions"]
     assert augmented_versions(augment.model_copy(update={"clinical_dropout": 0.9}), 0) == RECORDS["augmented_versions"]
+
+
+@pytest.mark.parametrize("word", ["token_seed=0", "models.tri.train.validate_every=5"])
+def test_setting_without_effect_keeps_finished_folds(old_run, word):
+    """`token_seed` equal to `seed`, and how often a training is validated whose last weights are kept."""
+    plain, given = settings(old_run), settings(old_run, word)
+    for hashes in (result_hashes, resume_hashes):
+        assert hashes(plain, INDEX, "tri", 0) == hashes(given, INDEX, "tri", 0)[:1]
+    assert is_fold_finished(given, INDEX, "tri", 0)
+    assert not is_fold_finished(settings(old_run, word, "seed=1"), INDEX, "tri", 0)
+    by_score = settings(old_run, "models.tri.train.select=best", "models.tri.train.validate_every=5")
+    assert result_hashes(by_score, INDEX, "tri", 0) != result_hashes(plain, INDEX, "tri", 0)
+    now, earlier = result_hashes(given, INDEX, "tri", 0)
+    assert (now, earlier) == (result_hash(plain, INDEX, "tri", 0), result_hash(given, INDEX, "tri", 0))
+    file = old_run / "tri" / "fold-0" / "fold.json"
+    file.write_text(file.read_text().replace(now, earlier))  # earlier versions included the setting
+    assert is_fold_finished(given, INDEX, "tri", 0)
 
 
 def first_formula(experiment: Experiment, name: str, fold: int, exclude: tuple[str, ...] = ()) -> str:

@@ -70,7 +70,7 @@ def create_trainer(experiment: Experiment, shards: Path, folder: Path) -> Traine
     return Trainer(
         name="net", network=network, head=model.head, config=model.train,
         data=TrainingData(views.loaders, rows, views.loaders, rows[:0]),
-        folder=FoldFolder(folder, "result", "resume"), seed=0, accelerator=accelerator,
+        folder=FoldFolder(folder, ["result"], ["resume"]), seed=0, accelerator=accelerator,
     )  # fmt: skip
 
 

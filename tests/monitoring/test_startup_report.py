@@ -118,7 +118,7 @@ def run(tmp_path_factory):
             head=model.head,
             config=model.train,
             data=data,
-            folder=FoldFolder(folder, "x", "x"),
+            folder=FoldFolder(folder, ["x"], ["x"]),
             seed=0,
             accelerator=accelerator,
         ).train(Stop())

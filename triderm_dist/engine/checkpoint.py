@@ -24,7 +24,7 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -227,7 +227,8 @@ def _is_intact(folder: Path, verbose: bool = False) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints and selected weights of one training, which is identified by its resume hash.
+    """The checkpoints and selected weights of one training, which is identified by its resume hashes: the first is
+    recorded, the others are accepted.
 
     As a context it leaves no file half written: on every rank it ends when the files asked for are there, or raises
     what writing them raised, unless the block raises something else.
@@ -239,12 +240,12 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        resume_hash: str,
+        resume_hashes: Sequence[str],
         keep_last: int,
         execution: Mapping[str, Any] | None = None,
         frozen: str | None = None,
     ) -> None:
-        self.folder, self.resume_hash, self.keep_last = folder / "checkpoints", resume_hash, keep_last
+        self.folder, self.resume_hashes, self.keep_last = folder / "checkpoints", resume_hashes, keep_last
         self.execution, self.frozen, self.changes = dict(execution or {}), frozen, list[dict[str, Any]]()
         self._damaged: list[str] = []
         self._writer, self._saved = BackgroundWriter(), time.monotonic()
@@ -284,7 +285,7 @@ class Checkpoints:
         }
         record = {
             "version": CHECKPOINT_VERSION,
-            "identity": self.resume_hash,
+            "identity": self.resume_hashes[0],
             "state": asdict(training.state),
             "scheduler": training.scheduler.state_dict(),
             "optimizer_values": optimizer.values,
@@ -344,7 +345,7 @@ class Checkpoints:
         """
         (self.folder.parent / "fold.json").unlink(missing_ok=True)
         for saved in readable_checkpoints(self.folder):
-            write_checked_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hash})
+            write_checked_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hashes[0]})
 
     def newest(self, folder: Path | None) -> Checkpoint | None:
         """Return the newest intact checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks.
@@ -357,7 +358,7 @@ class Checkpoints:
 
         def choose() -> str | None:
             for saved in reversed(readable_checkpoints(folder / "checkpoints", True)):
-                if saved.record["identity"] != self.resume_hash:
+                if saved.record["identity"] not in self.resume_hashes:
                     continue
                 if _is_intact(saved.folder, True):
                     if saved.record["version"] > 2 and saved.record.get("frozen") != self.frozen:

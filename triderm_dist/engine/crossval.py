@@ -33,8 +33,8 @@ from triderm_dist.engine.fold import (
     is_fold_finished,
     model_config,
     new_network,
-    result_hash,
-    resume_hash,
+    result_hashes,
+    resume_hashes,
 )
 from triderm_dist.engine.fold_folder import (
     FoldFolder,
@@ -203,7 +203,7 @@ class FoldRun:
     @cached_property
     def folder(self) -> FoldFolder:
         fold = (self.experiment, self.index, self.name, self.fold)
-        return FoldFolder(self.path, result_hash(*fold), resume_hash(*fold))
+        return FoldFolder(self.path, result_hashes(*fold), resume_hashes(*fold))
 
     @property
     def index(self) -> ShardIndex:

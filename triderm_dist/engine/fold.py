@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def data_facts(experiment: Experiment, index: ShardIndex) -> dict[str, Any]:
 def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
     """Return whether this fold was trained and predicted with these settings and data."""
     folder = experiment.fold_folder(name, fold)
-    finished = is_finished(folder, result_hash(experiment, index, name, fold))
+    finished = is_finished(folder, result_hashes(experiment, index, name, fold))
     return finished and read_transforms(folder / "predictions.parquet") == experiment.oof.tta
 
 
@@ -200,10 +200,29 @@ def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
     return f"{folder}: trained for task {task.name!r}, and {index.folder} is packed for {task.named_other(index.task)}"
 
 
+def result_hashes(experiment: Experiment, index: ShardIndex, name: str, fold: int | str) -> tuple[str, ...]:
+    """Return the hashes by which a finished fold of these settings is known: the one to record, and that of earlier
+    versions, which included settings without effect. fold: see `result_hash`.
+    """
+    return _of_equal_settings(result_hash, experiment, index, name, fold)
+
+
+def resume_hashes(experiment: Experiment, index: ShardIndex, name: str, fold: int | str) -> tuple[str, ...]:
+    """Return the hashes by which a checkpoint of these settings is known, see `result_hashes`."""
+    return _of_equal_settings(resume_hash, experiment, index, name, fold)
+
+
+def _of_equal_settings(
+    formula: Callable[..., str], experiment: Experiment, index: ShardIndex, name: str, fold: int | str
+) -> tuple[str, ...]:
+    equal = (experiment.without_idle_settings(name), experiment)
+    return tuple(dict.fromkeys(formula(each, index, name, fold) for each in equal))
+
+
 def result_hash(
     experiment: Experiment, index: ShardIndex, name: str, fold: int | str, *, exclude: Iterable[str] = ()
 ) -> str:
-    """Hash everything that the fold's result depends on.
+    """Hash everything that the fold's result depends on, and the settings of `Experiment.without_idle_settings`.
 
     fold: its number; a text for trainings without a held-out fold, which names what else the result depends on.
     exclude: dotted keys of `train`.

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -27,17 +27,27 @@ _OBSOLETE = "obsolete"
 class FoldFolder:
     """OUTPUT/MODEL/fold-K at `path`, for one training; others are moved to OUTPUT/MODEL/other-settings/fold-K-HASH.
 
-    result_hash: of everything that the fold's result depends on; stored in fold.json of a finished fold.
-    resume_hash: of everything that a training must share with a checkpoint to resume; stored in the checkpoint.
+    result_hashes: of everything that the fold's result depends on; the first is stored in fold.json of a finished fold,
+    in which the others are accepted too.
+    resume_hashes: of everything that a training must share with a checkpoint to resume, likewise.
     """
 
-    def __init__(self, path: Path, result_hash: str, resume_hash: str) -> None:
-        self.path, self.result_hash, self.resume_hash = path, result_hash, resume_hash
+    def __init__(self, path: Path, result_hashes: Sequence[str], resume_hashes: Sequence[str]) -> None:
+        self.path, self.result_hashes, self.resume_hashes = path, result_hashes, resume_hashes
+
+    @property
+    def result_hash(self) -> str:
+        """The hash that a finished fold records."""
+        return self.result_hashes[0]
+
+    @property
+    def _hashes(self) -> tuple[str, ...]:
+        return (*self.result_hashes, *self.resume_hashes)
 
     def locate(self) -> Path:
         """Return the folder of this training: the one that was moved aside, else `path`, which may not exist."""
         current = _training_hash(self.path)
-        for key in (self.result_hash, self.resume_hash):
+        for key in self._hashes:
             if current == key:
                 return self.path
             if (aside := self._aside(key)).exists():
@@ -46,7 +56,7 @@ class FoldFolder:
 
     def is_trained(self) -> bool:
         """Return whether this training is finished, also in a folder moved aside; its predictions may be missing."""
-        return is_trained(self.locate(), self.result_hash)
+        return is_trained(self.locate(), self.result_hashes)
 
     def resumed(self) -> Path | None:
         """Return the folder with checkpoints from which this training may resume; None to start from the beginning.
@@ -54,7 +64,7 @@ class FoldFolder:
         A finished training with other settings, such as another learning rate, is not resumed.
         """
         located = self.locate()
-        return located if _training_hash(located) in (self.result_hash, self.resume_hash) else None
+        return located if _training_hash(located) in self._hashes else None
 
     def claim(self) -> None:
         """Move this training into `path`, removing partial saves; a different training found there is moved aside.
@@ -64,7 +74,7 @@ class FoldFolder:
         located, current = self.locate(), _training_hash(self.path)
         if current is None and (self.path / "fold.json").exists():
             read_info(self.path / "fold")
-        if current not in (None, self.result_hash, self.resume_hash) or (current and located != self.path):
+        if current is not None and (current not in self._hashes or located != self.path):
             aside = self._aside(current)
             aside.parent.mkdir(exist_ok=True)
             self.path.rename(aside)
@@ -96,14 +106,14 @@ def remove_obsolete_checkpoints(path: Path) -> None:
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
 
 
-def is_finished(path: Path, result_hash: str) -> bool:
-    """Return whether the fold in this folder was trained and predicted, with this result hash."""
-    return (path / "predictions.parquet").exists() and is_trained(path, result_hash)
+def is_finished(path: Path, result_hashes: Sequence[str]) -> bool:
+    """Return whether the fold in this folder was trained and predicted, with one of these result hashes."""
+    return (path / "predictions.parquet").exists() and is_trained(path, result_hashes)
 
 
-def is_trained(path: Path, result_hash: str) -> bool:
-    """Return whether the training in this folder is finished, with this result hash."""
-    return _finished_hash(path) == result_hash
+def is_trained(path: Path, result_hashes: Sequence[str]) -> bool:
+    """Return whether the training in this folder is finished, with one of these result hashes."""
+    return _finished_hash(path) in result_hashes
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
-from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hash, resume_hash
+from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hashes, resume_hashes
 from triderm_dist.engine.fold_folder import FoldFolder, is_finished
 from triderm_dist.predictions import PARTS, part_folder
 from triderm_dist.schema import ConfigError, DataError
@@ -56,7 +56,7 @@ def train_learning_curve(experiment: Experiment, index: ShardIndex, models: Sequ
             for percent, fold in trainings
             if not is_finished(
                 part_folder(experiment.folder, name, percent, fold),
-                result_hash(experiment, index, name, _key(fold, percent)),
+                result_hashes(experiment, index, name, _key(fold, percent)),
             )
         ]
 
@@ -113,7 +113,7 @@ class _PartOfFold(FoldRun):
     @cached_property
     def folder(self) -> FoldFolder:
         training = (self.experiment, self.index, self.name, _key(self.fold, self.percent))
-        return FoldFolder(self.path, result_hash(*training), resume_hash(*training))
+        return FoldFolder(self.path, result_hashes(*training), resume_hashes(*training))
 
     @cached_property
     def train_rows(self) -> np.ndarray:

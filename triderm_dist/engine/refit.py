@@ -23,7 +23,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
-from triderm_dist.engine.fold import assigned_folds, model_config, result_hash, resume_hash
+from triderm_dist.engine.fold import assigned_folds, model_config, result_hashes, resume_hashes
 from triderm_dist.engine.fold_folder import FoldFolder, is_trained, remove_obsolete_checkpoints
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.predictions import NO_FOLD
@@ -41,7 +41,7 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
 
     def remaining(name: str) -> list[Create]:
         path, trained = experiment.refit_folder(name), folds[name]
-        if is_trained(path, result_hash(experiment, index, name, trained.key)):
+        if is_trained(path, result_hashes(experiment, index, name, trained.key)):
             on_main(partial(_record_folds, path, trained))
             on_main(partial(remove_obsolete_checkpoints, path))
             return []
@@ -73,7 +73,7 @@ class _TrainedFolds:
         epochs, weights = [], []
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
-            if not is_trained(folder, result_hash(_executed_as(experiment, name, folder), index, name, fold)):
+            if not is_trained(folder, result_hashes(_executed_as(experiment, name, folder), index, name, fold)):
                 raise DataError(
                     f"{folder}: not trained with these settings and data, and a refit takes its epochs from all folds; "
                     "run triderm crossval first"
@@ -127,7 +127,7 @@ class _Refit(FoldRun):
     @cached_property
     def folder(self) -> FoldFolder:
         training = (self.experiment, self.index, self.name, self.folds.key)
-        return FoldFolder(self.path, result_hash(*training), resume_hash(*training))
+        return FoldFolder(self.path, result_hashes(*training), resume_hashes(*training))
 
     @property
     def validation_rows(self) -> np.ndarray:

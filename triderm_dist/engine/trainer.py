@@ -131,7 +131,7 @@ class Trainer:
         heads = 1 + len(data.loaders.index.signature.views)
         self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
         execution, frozen = execution_settings(config, accelerator, network), on_main(partial(_frozen_hash, network))
-        self.checkpoints = Checkpoints(folder.path, folder.resume_hash, config.keep_last, execution, frozen)
+        self.checkpoints = Checkpoints(folder.path, folder.resume_hashes, config.keep_last, execution, frozen)
         saved = self._load_newest(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)

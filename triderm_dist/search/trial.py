@@ -210,7 +210,7 @@ def _open_folder(
     Returns the trial with its history, and the seconds that it has taken so far.
     """
     from triderm_dist.engine.checkpoint import Checkpoints
-    from triderm_dist.engine.fold import resume_hash
+    from triderm_dist.engine.fold import resume_hashes
 
     earlier, leading = read_trial(folder), read_trial(leader) if leader else None
     before = earlier.seconds if earlier else 0.0
@@ -220,7 +220,7 @@ def _open_folder(
         shutil.copytree(leader, folder)
         for fold in folds:
             fold_folder = own.fold_folder(model, fold)
-            Checkpoints(fold_folder, resume_hash(own, index, model, fold), keep_last=1).adopt()
+            Checkpoints(fold_folder, resume_hashes(own, index, model, fold), keep_last=1).adopt()
         change = {"epoch": leading.epochs, "trial": leading.number, "settings": leading.settings}
         changes = leading.changes if leading.number == trial.number else [*leading.changes, change]
         trial = replace(trial, changes=changes)
