@@ -13,7 +13,7 @@ outside blocks), F frozen ones, w bytes of a weight, g of a gradient; a rank sen
 
 An all-reduce of S bytes sends 2 (N-1)/N S, an all-gather or reduce-scatter (N-1)/N S, as NCCL's and gloo's rings do. On
 two nodes NCCL takes a tree: S bytes leave a node. The gradients of a backward pass are ready in equal pieces, and are
-sent one after the other while it goes on; what is not sent at its end, and what comes after it, is waited for.
+sent one after the other while it continues; what is not sent at its end, and what comes after it, is waited for.
 Communication slows no computation down here, and no rank is late, so measured efficiencies will be lower.
 
 The bytes are counted on real gloo ranks, and compared with the formulas; so are, on ranks that share these cores and

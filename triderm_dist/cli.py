@@ -22,7 +22,7 @@ from typing import get_origin
 from triderm_dist import __version__
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
-from triderm_dist.files import remove_dead_parts
+from triderm_dist.files import check_no_file, remove_dead_parts
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import one_line, printable
 from triderm_dist.runtime.process import prepare_process, tolerate_closed_output
@@ -144,8 +144,8 @@ def exit_code(error: BaseException) -> int:
 
 def check_writable(config: Section) -> None:
     """Raise InputError where a program writes into a folder that this user may not write."""
-    if isinstance(config, Experiment) and not isinstance(config, RunReader) and config.folder.is_file():
-        raise ConfigError(f"output: {config.folder}: is a file; name a folder")
+    if isinstance(config, Experiment) and not isinstance(config, RunReader):
+        check_no_file("output", config.folder)
     if not isinstance(config, Experiment) or not config.writes or is_writable(folder := Path(config.output)):
         return
     if isinstance(config, RunReader):

@@ -26,7 +26,7 @@ try:
 except ImportError:  # of Windows
     fcntl = None  # type: ignore[assignment]
 
-from triderm_dist.schema import Busy, InputError
+from triderm_dist.schema import Busy, ConfigError, InputError
 
 LOCK_SECONDS = "TRIDERM_LOCK_SECONDS"
 """Environment variable: seconds to wait for another process that works on the same files."""
@@ -175,6 +175,12 @@ def resolve_dots(path: Path) -> Path:
 def why_no_folder(path: Path) -> str:
     """Say why a path that should be a folder is none."""
     return "is a file, not a folder" if path.exists() else "no such folder"
+
+
+def check_no_file(setting: str, path: str | Path) -> None:
+    """Raise ConfigError where a setting names the folder to write into, and there is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ConfigError(f"{setting}: {path}: is a file; name a folder")
 
 
 def why_no_file(path: Path) -> str:

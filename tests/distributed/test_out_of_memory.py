@@ -85,7 +85,7 @@ def test_inference_halves_its_batch_until_it_fits(capsys):
 
     assert with_smaller_batches(work, 64, "predict.batch") == ("done with 16", 16)
     assert sizes == [64, 32, 16]
-    assert capsys.readouterr().out.count("going on with predict.batch=") == 2
+    assert capsys.readouterr().out.count("continuing with predict.batch=") == 2
 
 
 def test_inference_refuses_what_does_not_fit(monkeypatch):

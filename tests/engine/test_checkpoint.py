@@ -1,4 +1,4 @@
-"""Checkpoints and selected weights are written by a thread while the training goes on."""
+"""Checkpoints and selected weights are written by a thread while the training continues."""
 
 import threading
 
@@ -47,7 +47,7 @@ def saved(folder, number: int) -> list[torch.Tensor]:
 
 
 def test_files_hold_the_training_as_it_was_when_they_were_asked_for(training, tmp_path, monkeypatch):
-    """Although it goes on before the first byte is written."""
+    """Although it continues before the first byte is written."""
     may_write, write = threading.Event(), checkpoint.write_tensors
 
     def write_later(path, tensors):

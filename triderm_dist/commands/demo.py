@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.schema import ConfigError
+from triderm_dist.files import check_no_file
 from triderm_dist.settings import PathText, Section
 
 
@@ -27,8 +27,7 @@ def main(config: DemoRun) -> None:
     from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS, truth_file, write_demo
     from triderm_dist.tasks import load_task
 
-    if Path(config.output).is_file():
-        raise ConfigError(f"output: {config.output}: is a file; name a folder")
+    check_no_file("output", config.output)
     data, task = Path(config.output) / "data", load_task(config.task)
     write_demo(data, task, LESIONS, TEST_LESIONS, seed=0)
     print(f"{LESIONS} + {TEST_LESIONS} SYNTHETIC lesions in {data}", flush=True)

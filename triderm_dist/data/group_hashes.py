@@ -201,8 +201,8 @@ def _own_salt(file: Path, given: bytes | None) -> bytes:
     salt = read_salt(file)
     if given is not None and given != salt:
         raise DataError(
-            f"{file}: holds another salt than the one of salt=; remove salt= to go on with it, or delete this file and "
-            "the packed set beside it"
+            f"{file}: holds another salt than the one of salt=; remove salt= to use that of the file, or delete "
+            "the file and the packed set beside it"
         )
     return salt
 

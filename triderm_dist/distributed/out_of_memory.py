@@ -137,7 +137,7 @@ def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, col
         if world_size() > 1 and collective:
             raise ConfigError(f"out of memory with {setting}={batch} ({reason}); set {setting}={batch // 2}")
         batch //= 2
-        print(wrapped(f"out of memory: going on with {setting}={batch} ({reason})"), flush=True)
+        print(wrapped(f"out of memory: continuing with {setting}={batch} ({reason})"), flush=True)
 
 
 def next_smaller(size: int, per_rank: int, smallest: int = 1) -> int:

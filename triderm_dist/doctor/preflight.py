@@ -21,6 +21,7 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.ensemble.nested_stack import check_stackable
 from triderm_dist.ensemble.run_files import AUTO, ENSEMBLE, STACKER
+from triderm_dist.files import check_no_file
 from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, Task
 
@@ -47,7 +48,8 @@ def check_pipeline(experiment: Experiment) -> list[str]:
     data = experiment.data
     check_members(experiment)
     _check_truth_file(experiment)
-    _check_tokens(experiment)
+    if experiment.tokens:
+        check_no_file("tokens", experiment.tokens)
     _check_towers(experiment)
     notes = list[str]()
 
@@ -204,11 +206,6 @@ def match_truth(path: str, task: Task, lesion_ids: Iterable[str]) -> tuple[dict[
             f"{path}: has no label of {len(absent)} of {len(names)} test lesions, the first is {absent[0]}; {hint}"
         )
     return truth, [f"{path}: {len(others)} lesions are not in the test set"] if others else []
-
-
-def _check_tokens(experiment: Experiment) -> None:
-    if experiment.tokens and Path(experiment.tokens).exists() and not Path(experiment.tokens).is_dir():
-        raise ConfigError(f"tokens: {experiment.tokens}: is a file; name a folder for the cache")
 
 
 def _check_towers(experiment: Experiment) -> None:

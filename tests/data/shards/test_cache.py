@@ -166,7 +166,7 @@ def test_permanent_errors_are_not_retried(server, tmp_path):
 
 
 def test_reads_after_a_failed_pass_fetch_nothing(server, tmp_path):
-    """Threads that decode go on for a moment, and must not wait for a server that has failed."""
+    """Threads that decode continue for a moment, and must not wait for a server that has failed."""
     index = open_index(server.url, settings(tmp_path, downloads=1))
     shards, order = RemoteShards(index), index.shard.astype(np.int64)
     server.faults[index.shards[4].url] = [remote.forbidden] * 9
