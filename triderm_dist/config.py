@@ -40,6 +40,8 @@ from triderm_dist.settings import (
 
 MAX_SEED = 2**53
 """Every generator takes this seed, and JSON holds it exactly."""
+MAX_BATCH = 2**20
+"""Lesions: far more than a step needs, and their photos than a device holds."""
 MAX_SECONDS = 1e9
 """Thirty years; what waits overflows somewhere above it."""
 
@@ -387,9 +389,11 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     epochs: int = Field(60, ge=1, description="number of epochs")
-    global_batch: int = Field(96, ge=1, description="lesions per optimizer step, over all ranks and accumulation steps")
+    global_batch: int = Field(
+        96, ge=1, le=MAX_BATCH, description="lesions per optimizer step, over all ranks and accumulation steps"
+    )
     micro_batch: int = Field(
-        16, ge=1, description="lesions per forward pass and rank; the accumulation steps follow from it"
+        16, ge=1, le=MAX_BATCH, description="lesions per forward pass and rank; the accumulation steps follow from it"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
@@ -670,7 +674,7 @@ class PredictConfig(Section):
     transforms: Literal[1, 2, 4, 8] = Field(
         8, description="number of test-time transforms of the dihedral group to average over"
     )
-    batch: int = Field(64, ge=1, description="lesions per forward pass")
+    batch: int = Field(64, ge=1, le=MAX_BATCH, description="lesions per forward pass")
 
 
 class ReportConfig(Section):
