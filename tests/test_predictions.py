@@ -210,6 +210,27 @@ def test_missing_fold_is_nan(run) -> None:
     assert table.take(table.complete()).folds.tolist() == folds[~missing].tolist()
 
 
+def test_outputs_that_are_not_finite_are_refused(run, tmp_path: Path) -> None:
+    """By what writes them, and where files of earlier versions hold them."""
+    folder, ids, labels, folds = run
+    path = folder / "dual_cnn" / "fold-1" / "predictions.parquet"
+    part, table = read_predictions(path), gather(folder, None, DataSplit(ids, labels, folds))
+    first, others = part.lesion_ids[0], len(part) - 1
+    advice = "delete dual_cnn/fold-1 in the run and train it again"
+    line = f"outputs of dual_cnn for lesion {first} and {others} others are not finite; {advice}"
+    broken = part.logits.copy()
+    broken[:, 3] = np.inf
+    with pytest.raises(DataError, match=line):
+        replace(part, logits=broken)
+    logits = {**table.logits, "dual_cnn": np.where((folds == 1)[:, None], np.nan, table.logits["dual_cnn"])}
+    write_oof(tmp_path / "oof.parquet", replace(table, logits=logits))
+    with pytest.raises(DataError, match=rf"oof\.parquet: {line}"):
+        read_oof(tmp_path / "oof.parquet")
+    write_oof(path, replace(table.take(folds == 1), models=("dual_cnn",), logits=logits | {"dual_cnn": broken}))
+    with pytest.raises(DataError, match=rf"dual_cnn/fold-1/predictions\.parquet: {line}"):
+        gather(folder, None, DataSplit(ids, labels, folds))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -95,7 +95,9 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> Tensors:
-    """Read PATH.safetensors. Raises CheckpointError where it is damaged: PATH.json has another SHA-256."""
+    """Read PATH.safetensors. Raises CheckpointError where it is damaged: PATH.json has another SHA-256, or a value is
+    not finite.
+    """
     file = path.with_suffix(".safetensors")
     weights = read_tensors(file)
     if file_sha256(file) != read_info(path)["sha256"]:
@@ -103,6 +105,11 @@ def read_weights(path: Path) -> Tensors:
             f"{file}: changed or damaged: its SHA-256 is not that of {path.name}.json; delete {file.parent} and train "
             "this fold again"
         )
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{file}: {name} has values that are not finite; delete {file.parent} and train this fold again"
+            )
     return weights
 
 

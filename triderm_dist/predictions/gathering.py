@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.predictions.files import OUTPUTS, SCALARS, PredictionFile, group_rows
-from triderm_dist.predictions.rows import OUT_OF_FOLD, OofTable, Predictions, single
+from triderm_dist.predictions.rows import (
+    OUT_OF_FOLD,
+    OofTable,
+    Predictions,
+    describe_not_finite,
+    not_finite,
+    single,
+)
 from triderm_dist.schema import DataError, Task
 
 
@@ -257,7 +264,10 @@ class Gathered:
                     own = table if mask.all() else table.filter(pa.array(mask))
                     values = {key: part.file.matrix(own, key) for key in keys}
                     self._check_widths(part, name, values)
-                    yield name, part.rows[here][mask], values
+                    rows = part.rows[here][mask]
+                    if "logits" in values:
+                        self._check_finite(part, name, rows, values["logits"])
+                    yield name, rows, values
             start += len(table)
 
     def _check_widths(self, part: _Part, model: str, values: Mapping[str, np.ndarray]) -> None:
@@ -270,6 +280,13 @@ class Gathered:
                     raise DataError(f"{part.path}: {key} of {model} has width {found}, but {width} in another file")
             elif found != width:
                 raise DataError(f"{part.path}: {key} of {model} has {found} numbers a row, expected {width}")
+
+    def _check_finite(self, part: _Part, model: str, rows: np.ndarray, logits: np.ndarray) -> None:
+        """Raise DataError for logits (n, C) that are not finite; a written table has NaN for lesions without any."""
+        bad = rows[not_finite(logits)]
+        if (bad := bad[self.scalars.hashes[model][bad] != ""]).size:
+            fold = int(self.scalars.folds[bad[0]])
+            raise DataError(f"{part.path}: {describe_not_finite(model, fold, self.scalars.lesion_ids[bad])}")
 
     def _merge(self, models: Sequence[str] | None, data: _Checks) -> OofTable:
         """Return the table without outputs. Raises DataError where files overlap or differ in names or heads."""

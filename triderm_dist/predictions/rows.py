@@ -67,9 +67,27 @@ class Predictions:
                 expected = "D" if width is None else width
                 raise DataError(f"{name} has shape {value.shape}, expected ({rows}, {expected})")
             object.__setattr__(self, name, value)
+        if (bad := not_finite(self.logits)).size:
+            about = str(self.model[bad[0]]), int(self.fold[bad[0]])
+            raise DataError(describe_not_finite(*about, self.lesion_ids[bad]))
 
     def __len__(self) -> int:
         return len(self.lesion_ids)
+
+
+def not_finite(logits: np.ndarray) -> np.ndarray:
+    """Return the rows (n,) of logits (N, C) with a value that is not finite."""
+    return np.flatnonzero(~np.isfinite(logits).all(axis=1))
+
+
+def describe_not_finite(model: str, fold: int, lesion_ids: np.ndarray) -> str:
+    """Return the line for outputs of a network that are not finite. fold: of the network, or `NO_FOLD`."""
+    others = f" and {len(lesion_ids) - 1:,} others" if len(lesion_ids) > 1 else ""
+    folder = "MODEL/fold-K" if fold == NO_FOLD else f"{model}/fold-{fold}"
+    return (
+        f"outputs of {model} for lesion {lesion_ids[0]}{others} are not finite; delete {folder} in the run and train "
+        "it again, with a lower train.optim.lr or with train.precision=fp32"
+    )
 
 
 @dataclass(frozen=True)
