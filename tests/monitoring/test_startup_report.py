@@ -19,7 +19,7 @@ from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.monitoring.startup_report import parameters_by_part, report
+from triderm_dist.monitoring.startup_report import LesionCounts, format_report, parameters_by_part
 from triderm_dist.tasks import milk10k_task
 
 TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)
@@ -44,8 +44,9 @@ def test_parameter_counts_by_part_cover_every_parameter_once():
 def test_report_lists_disabled_options():
     model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
     network = build_network(model, SIGNATURE, build_towers(model.tower))
-    about = "tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 0, 943), [40, 41], None
-    lines = report(*about, start=7)
+    counts = LesionCounts(3774, 0, 943)
+    about = "tri fold 0", Accelerator(cpu=True), model.train, network, counts, [40, 41], None
+    lines = format_report(*about, start=7)
     assert all(len(line) <= 80 for line in lines.splitlines())
     text = " ".join(lines.split())
     for expected in (
@@ -57,9 +58,9 @@ def test_report_lists_disabled_options():
         assert expected in text, expected
     assert "torch.compile" not in text and "fusion" not in text and "mixup" not in text
     never = model.train.model_copy(update={"augment": AugmentConfig(mixup=0.4), "epochs": 3})
-    text = " ".join(report(*about[:2], never, *about[3:]).split())
+    text = " ".join(format_report(*about[:2], never, *about[3:]).split())
     assert "mixup and CutMix (train.augment.unmixed_epochs: the last 3 epochs)" in text
-    assert report(*about, start=7, brief=True).splitlines() == [
+    assert format_report(*about, start=7, brief=True).splitlines() == [
         "tri fold 0",
         "  lesions    3,774 to train, 943 to validate",
         "  steps      81 in 2 epochs of 40",

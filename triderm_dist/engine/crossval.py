@@ -24,7 +24,6 @@ from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
 from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate_hidden
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
-from triderm_dist.engine.extra_towers import open_extra_towers
 from triderm_dist.engine.fold import (
     add_trained_parts,
     as_predictions,
@@ -43,10 +42,9 @@ from triderm_dist.engine.fold_folder import (
     remove_obsolete_checkpoints,
 )
 from triderm_dist.engine.fold_results import later_seconds
-from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
 from triderm_dist.engine.network_files import load_weights, read_info, write_info
-from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
-from triderm_dist.engine.views import Views, mean_tokens, open_views
+from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_names
+from triderm_dist.engine.views import Views, mean_tokens, open_training_views
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions, predictions_writer
@@ -55,8 +53,7 @@ from triderm_dist.runtime.terminal import counted, wrapped
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]
-Create = Callable[[Views, Stop, Output, WarmStart | None], "FoldRun"]
-"""Creates a training from what `run_trainings` opens."""
+FoldRunFactory = Callable[[Views, Stop, Display], "FoldRun"]
 
 
 @collectives.interrupt_on_lost_rank()
@@ -88,7 +85,7 @@ def run_folds(
     check_task(experiment, index)
     folds, assignment = list(folds), assigned_folds(index, experiment.data)
 
-    def remaining(name: str) -> list[Create]:
+    def remaining(name: str) -> list[FoldRunFactory]:
         if is_main():
             for fold in folds:
                 remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
@@ -108,7 +105,7 @@ def run_trainings(
     experiment: Experiment,
     index: ShardIndex,
     models: Sequence[str],
-    remaining: Callable[[str], Sequence[Create]],
+    remaining: Callable[[str], Sequence[FoldRunFactory]],
     *,
     transforms: int = 1,
     in_parallel: bool = False,
@@ -127,25 +124,21 @@ def run_trainings(
     order = [name for name in models for _ in trainings[name]]
     with Stop() as stop:
         for name in dict.fromkeys(order):
-            model = experiment.models[name]
-            accelerator = parallel.start_training(model.train, experiment.rank_timeout)
+            accelerator = parallel.start_training(experiment.models[name].train, experiment.rank_timeout)
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             if extra is None:
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
-            start = open_warm_start(experiment, name, index, accelerator, stop.check)
-            towers = open_extra_towers(experiment, name, index, accelerator, stop.check)
-            views = open_views(
-                experiment, model, index, accelerator,
-                train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
-                record=True, start=start, extra_towers=towers, brief=brief,
+            views = open_training_views(
+                experiment, name, index, accelerator,
+                extra=extra, transforms=transforms, after_chunk=stop.check, brief=brief,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended
                 number = order.index(name) + position
                 later = later_seconds(experiment, order, number)
                 run = experiment.folder.resolve().name
-                output = Output(run, number + 1, len(order), brief or position > 0, in_parallel, later)
-                training = create(views, stop, output, start)
+                display = Display(run, number + 1, len(order), brief or position > 0, in_parallel, later)
+                training = create(views, stop, display)
                 with exclusive(training.path):
                     training.run()
 
@@ -163,7 +156,6 @@ class FoldRun:
     """Training and prediction of one fold of one model.
 
     assignment: fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.
-    start: networks that may provide the initial weights, see `models.NAME.init`.
     """
 
     experiment: Experiment
@@ -174,8 +166,7 @@ class FoldRun:
     on_validation: OnValidation | None
     views: Views
     stop: Stop
-    output: Output
-    start: WarmStart | None
+    display: Display
 
     @property
     def path(self) -> Path:
@@ -278,12 +269,12 @@ class FoldRun:
         network, about = new_network(self.model, self.views), None
         if network.reads_mean_tokens and self.views.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
-        if self.start:
+        if start := self.views.start:
             # Frozen blocks that are cached are the same for all folds.
             predicted = np.flatnonzero(self.assignment >= 0) if self.views.frozen else self.validation_rows
-            filled = fill_network(network, self.model, self.start.choose(predicted))
+            filled = fill_network(network, self.model, start.choose(predicted))
             accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
-            about = {**filled.about(), "networks": [each.weights for each in self.start.networks]}
+            about = {**filled.about(), "networks": [each.weights for each in start.networks]}
         add_trained_parts(network, self.model, self.index.task)
         return network.to(accelerator.device), about
 
@@ -310,7 +301,7 @@ class FoldRun:
         trainer = Trainer(
             name=self.title, network=network, head=self.model.head, config=config, data=data,
             folder=self.folder, seed=self.experiment.seed_of(self.name), accelerator=accelerator, epochs=self.epochs,
-            output=self.output, why_precision=why,
+            display=self.display, why_precision=why,
         )  # fmt: skip
         return trainer.train(self.stop, self.on_start, self.on_validation), init
 

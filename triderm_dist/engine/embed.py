@@ -30,7 +30,7 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     frozen = model.model_copy(update={"extra_towers": (), "tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
     recorded = on_main(partial(find_tower, experiment.folder / FOLDER, model.tower, True))
-    views = open_views(experiment, frozen, index, accelerator, train=False, recorded=recorded, record=True)
+    views = open_views(experiment, frozen, index, accelerator, train=False, recorded=recorded, save_record=True)
     source = views.loaders.source
     assert isinstance(source, TokenSource) and isinstance(source.cache, TokenCache)
     cache, num_views = source.cache, len(source.views)

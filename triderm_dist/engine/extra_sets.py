@@ -16,10 +16,8 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.data.union import ExtraSet, match_extra_set
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
-from triderm_dist.engine.extra_towers import open_extra_towers
-from triderm_dist.engine.init_overlap import open_warm_start
 from triderm_dist.engine.thumbnails import compute_thumbnails
-from triderm_dist.engine.views import open_views
+from triderm_dist.engine.views import open_training_views
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
 
@@ -96,12 +94,8 @@ def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> 
     for name in names:
         if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
-            start = open_warm_start(experiment, name, index, accelerator)
-            towers = open_extra_towers(experiment, name, index, accelerator)
-            open_views(  # computes what the cache lacks
-                experiment, model, index, accelerator,
-                train=True, transforms=experiment.oof.tta, extra=extra, record=True, start=start, extra_towers=towers,
-            )  # fmt: skip
+            # Computes what the cache lacks.
+            open_training_views(experiment, name, index, accelerator, extra=extra, transforms=experiment.oof.tta)
 
 
 def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:

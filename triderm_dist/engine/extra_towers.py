@@ -61,18 +61,18 @@ def open_extra_towers(
 
 
 def join_towers(
-    model: ModelConfig, about: TowerRecord, tower: Tower, extra: Sequence[ExtraTower], rows: np.ndarray
+    model: ModelConfig, record: TowerRecord, tower: Tower, extra: Sequence[ExtraTower], rows: np.ndarray
 ) -> tuple[TowerRecord, JoinedTower, list[dict[str, Any]]]:
     """Join a model's tower with its extra ones: return the record, the tower, and what fold.json records of each extra.
 
-    about: the record of `tower`.  rows: labeled lesions (n,) of the training set.
+    record: the record of `tower`.  rows: labeled lesions (n,) of the training set.
     Raises DataError if a network of an extra tower was trained on any of them, ConfigError if a tower takes photos of
     another size or normalization than the model's.
     """
-    parts, described = [Part(tower, about.json())], []
+    parts, described = [Part(tower, record.json())], []
     for each in extra:
         network = each.start.choose(rows)
-        parts.append(_part(each, network, about))
+        parts.append(_part(each, network, record))
         described.append(
             {
                 "run": str(network.run), "network": network.name, "sha256": network.weights,
@@ -84,13 +84,16 @@ def join_towers(
     return TowerRecord.of(joined, model.tower, tower_hash(joined)), joined, described
 
 
-def _part(extra: ExtraTower, network: TrainedNetwork, about: TowerRecord) -> Part:
-    """Load the tower of a trained network, and its auxiliary heads if the setting asks for them."""
+def _part(extra: ExtraTower, network: TrainedNetwork, main: TowerRecord) -> Part:
+    """Load the tower of a trained network, and its auxiliary heads if the setting asks for them.
+
+    main: the record of the model's own tower.
+    """
     record = network.tower
     if record is None or record.is_joined:
         what = "records no tower" if record is None else "has extra towers itself"
         raise ConfigError(f"{extra.setting}: {network.folder} {what}; name another network")
-    its, own = ((each.image_size, each.mean, each.std) for each in (record, about))
+    its, own = ((each.image_size, each.mean, each.std) for each in (record, main))
     if its != own:
         raise ConfigError(
             f"{extra.setting}: the tower of {network.folder} takes photos with image_size {its[0]}, mean {its[1]} and "
@@ -114,5 +117,5 @@ def _part(extra: ExtraTower, network: TrainedNetwork, about: TowerRecord) -> Par
         except ConfigError as error:
             raise ConfigError(f"{extra.setting}: {network.folder}: {error}; set logits to false") from None
         logits.load(weights)
-    config = network.config.tower.model_copy(update={"frame": about.frame})
+    config = network.config.tower.model_copy(update={"frame": main.frame})
     return Part(tower, TowerRecord.of(tower, config, tower_hash(tower)).json(), logits, described)

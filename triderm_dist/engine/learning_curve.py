@@ -19,7 +19,7 @@ from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
+from triderm_dist.engine.crossval import FoldRun, FoldRunFactory, run_trainings
 from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hashes, resume_hashes
 from triderm_dist.engine.fold_folder import FoldFolder, is_finished
 from triderm_dist.predictions import PARTS, part_folder
@@ -44,15 +44,10 @@ def train_learning_curve(experiment: Experiment, index: ShardIndex, models: Sequ
                 )
     assignment = assigned_folds(index, experiment.data)
 
-    def remaining(name: str) -> list[Create]:
+    def remaining(name: str) -> list[FoldRunFactory]:
         trainings = [(percent, fold) for percent in PARTS for fold in range(experiment.data.folds)]
-
-        def create(percent: int, fold: int) -> Create:
-            one = partial(_PartOfFold, experiment, name, fold, assignment, lambda: None, None)
-            return lambda views, stop, output, start: one(views, stop, output, start, percent)
-
         return [
-            create(percent, fold)
+            partial(_PartOfFold, experiment, name, fold, assignment, lambda: None, None, percent=percent)
             for percent, fold in trainings
             if not is_finished(
                 part_folder(experiment.folder, name, percent, fold),

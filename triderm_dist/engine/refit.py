@@ -22,7 +22,7 @@ from triderm_dist.config import EXECUTION, Experiment, TrainConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
+from triderm_dist.engine.crossval import FoldRun, FoldRunFactory, run_trainings
 from triderm_dist.engine.fold import assigned_folds, model_config, result_hashes, resume_hashes
 from triderm_dist.engine.fold_folder import FoldFolder, is_trained, remove_obsolete_checkpoints
 from triderm_dist.engine.network_files import read_info, write_info
@@ -39,14 +39,13 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
     assignment = assigned_folds(index, experiment.data)
     folds = {name: _TrainedFolds.read(experiment, index, name) for name in models}
 
-    def remaining(name: str) -> list[Create]:
+    def remaining(name: str) -> list[FoldRunFactory]:
         path, trained = experiment.refit_folder(name), folds[name]
         if is_trained(path, result_hashes(experiment, index, name, trained.key)):
             on_main(partial(_record_folds, path, trained))
             on_main(partial(remove_obsolete_checkpoints, path))
             return []
-        create = partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None)
-        return [lambda views, stop, output, start: create(views, stop, output, start, trained)]
+        return [partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None, folds=trained)]
 
     run_trainings(experiment, index, models, remaining)
 

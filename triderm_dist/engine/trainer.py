@@ -40,7 +40,7 @@ from triderm_dist.models.tower import tensors_hash
 from triderm_dist.monitoring.expectation import Expectation, expect
 from triderm_dist.monitoring.flops import Budget, budget
 from triderm_dist.monitoring.profiler import profiler
-from triderm_dist.monitoring.startup_report import report
+from triderm_dist.monitoring.startup_report import LesionCounts, format_report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, check_trackers
 from triderm_dist.monitoring.train_lines import TrainLines
@@ -63,17 +63,16 @@ class TrainingData:
     loaders: LoaderFactory[ShardIndex]
     validation_rows: np.ndarray
 
-    def numbers(self) -> tuple[int, int, int]:
-        """Return the numbers of lesions to train on, of these from extra sets, and to validate."""
+    def counts(self) -> LesionCounts:
         extra = int((self.train_rows >= len(self.loaders.index)).sum())
-        return len(self.train_rows), extra, len(self.validation_rows)
+        return LesionCounts(len(self.train_rows), extra, len(self.validation_rows))
 
 
 @dataclass(frozen=True)
-class Output:
-    """How a training is printed, number `number` of `total`.
+class Display:
+    """How a training, number `number` of `total` of a run, is printed and tracked.
 
-    run: name of the run, by which trackers group its trainings.
+    run: its name, by which trackers group its trainings.
     brief: omit from the start-up report what all folds of a model have in common.
     in_parallel: print the training's name before every line, since others print at the same time.
     later_seconds: estimates the seconds of all later trainings, given those of this one.
@@ -115,14 +114,14 @@ class Trainer:
         seed: int,
         accelerator: Accelerator,
         epochs: int | None = None,
-        output: Output | None = None,
+        display: Display | None = None,
         why_precision: str = "",
     ) -> None:
         """name: of the training in logs.  folder: for weights, checkpoints and logs.
         epochs: number of the schedule's config.epochs to train; None trains all.
         why_precision: reason for the precision of `config`, if it was measured.
         """
-        output = output or Output()
+        display = display or Display()
         check_supported(accelerator, config)
         self.name, self.head, self.config, self.data = name, head, config, data
         self.folder, self.accelerator = folder, accelerator
@@ -135,32 +134,21 @@ class Trainer:
         saved = self._load_newest(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
-        self.expectation = None if output.brief else self._expect(network, flops)
-        text = report(
-            output.title(name), accelerator, config, network, data.numbers(), epoch_steps, flops,
-            start=saved.state.step if saved else 0, brief=output.brief, why_precision=why_precision,
+        self.expectation = None if display.brief else self._expect(network, flops)
+        report = format_report(
+            display.title(name), accelerator, config, network, data.counts(), epoch_steps, flops,
+            start=saved.state.step if saved else 0, brief=display.brief, why_precision=why_precision,
             why_no_graph="" if graphed else why_graph, expectation=self.expectation,
         )  # fmt: skip
-        accelerator.print(text, flush=True)
-        untrained = untrained_tensors(network)
-        with on_graph_stream(accelerator.device, graphed):
-            self.wrapped, prepared, optimizer = wrap(
-                accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
-                config.gradient_precision, config.bucket_mb,
-            )  # fmt: skip
-        scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
-        average = _average(self.wrapped, config)
-        self.training = Training(self.wrapped, optimizer, scheduler, average, TrainState(), untrained)
-        if saved:
-            saved.load_training(accelerator, self.training)
-            if changes := self.checkpoints.describe_changes(saved):
-                accelerator.print(wrapped(f"{name}: {changes}"), flush=True)
-        self._speed: tuple[float, float] | None = None  # GiB and lesions/s at the last log line
+        accelerator.print(report, flush=True)
+        self.training, prepared = self._wrap(network, saved, graphed)
+        self.wrapped, optimizer = self.training.wrapped, self.training.optimizer
         self.guard = NonFiniteGuard(accelerator, optimizer)
         self.step = build_step(accelerator, self.wrapped, prepared, optimizer, self.loss, config, self.guard, graphed)
         state, total = self.training.state, sum(epoch_steps)
+        self._speed: tuple[float, float] | None = None  # GiB and lesions/s at the last log line
         self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, flops)
-        self.tracker = self._build_tracker(output, total, has_flops=flops is not None)
+        self.tracker = self._build_tracker(display, total, has_flops=flops is not None)
 
     def _expect(self, network: Network, flops: Budget | None) -> Expectation | None:
         """Return the speed and memory to expect on a GPU; None on a CPU, or where the FLOPs are not known."""
@@ -169,14 +157,37 @@ class Trainer:
         half, strategy = self.accelerator.mixed_precision != "no", strategy_of(self.accelerator)
         return expect(network, self.config, flops, half, strategy, self.data.loaders.index.canvas)
 
-    def _build_tracker(self, output: Output, steps: int, has_flops: bool) -> Tracker:
+    def _wrap(
+        self, network: Network, saved: Checkpoint | None, graphed: bool
+    ) -> tuple[Training, torch.optim.Optimizer]:
+        """Wrap the network, and restore the checkpoint `saved`, whose weights the network has.
+
+        Returns the training, and its optimizer prepared by Accelerate. graphed: steps are CUDA graphs.
+        """
+        config, accelerator = self.config, self.accelerator
+        untrained = untrained_tensors(network)
+        with on_graph_stream(accelerator.device, graphed):
+            wrapped_network, prepared, optimizer = wrap(
+                accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
+                config.gradient_precision, config.bucket_mb,
+            )  # fmt: skip
+        scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
+        average = _average(wrapped_network, config)
+        training = Training(wrapped_network, optimizer, scheduler, average, TrainState(), untrained)
+        if saved:
+            saved.load_training(accelerator, training)
+            if changes := self.checkpoints.describe_changes(saved):
+                accelerator.print(wrapped(f"{self.name}: {changes}"), flush=True)
+        return training, prepared
+
+    def _build_tracker(self, display: Display, steps: int, has_flops: bool) -> Tracker:
         """Return the tracker of a training of `steps` steps, which shows the MFU if it has FLOPs to compute it from."""
         state, config = self.training.state, self.config
-        lines = TrainLines(steps, self.last_epoch, self.loss.names, has_flops, output.prefix(self.name))
+        lines = TrainLines(steps, self.last_epoch, self.loss.names, has_flops, display.prefix(self.name))
         return Tracker(
             self.name, self.folder.path, self.accelerator.is_main_process, lines=lines, step=state.step,
-            epoch=state.epoch, trackers=config.trackers, tracker_settings=config.tracker_settings, group=output.run,
-            settings=flatten(redact_tree(config.model_dump(mode="json"))), later_seconds=output.later_seconds,
+            epoch=state.epoch, trackers=config.trackers, tracker_settings=config.tracker_settings, group=display.run,
+            settings=flatten(redact_tree(config.model_dump(mode="json"))), later_seconds=display.later_seconds,
         )  # fmt: skip
 
     def _load_newest(self, network: Network) -> Checkpoint | None:

@@ -24,8 +24,8 @@ from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
 from triderm_dist.data.token_source import JointSource, TokenSource
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
-from triderm_dist.engine.extra_towers import ExtraTower, join_towers
-from triderm_dist.engine.init_overlap import WarmStart
+from triderm_dist.engine.extra_towers import ExtraTower, join_towers, open_extra_towers
+from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
 from triderm_dist.engine.token_extraction import PLAIN, TokenExtractor, augmented_versions
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fill_network, fill_tower
@@ -51,6 +51,7 @@ class Views:
     extra_rows: rows (n,) of that union that come from extra sets.  extra: those sets.
     frozen: if the loaders return the output of frozen blocks, {key of the tower in the network: weights of the blocks}.
     extra_towers: what fold.json records of them.
+    start: networks that may provide the initial weights of a training, see `models.NAME.init`.
     """
 
     loaders: LoaderFactory[ShardIndex]
@@ -61,6 +62,30 @@ class Views:
     extra: tuple[ExtraSet, ...] = ()
     frozen: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     extra_towers: Sequence[dict[str, Any]] = ()
+    start: WarmStart | None = None
+
+
+def open_training_views(
+    experiment: Experiment,
+    name: str,
+    index: ShardIndex,
+    accelerator: Accelerator,
+    *,
+    extra: Sequence[ExtraSet],
+    transforms: int,
+    after_chunk: Callable[[], None] = lambda: None,
+    brief: bool = False,
+) -> Views:
+    """Open the views for the trainings of model `name`, from the networks and with the towers of other runs that its
+    settings name, and record its tower in the run. Call on all ranks; the other arguments are those of `open_views`.
+    """
+    start = open_warm_start(experiment, name, index, accelerator, after_chunk)
+    towers = open_extra_towers(experiment, name, index, accelerator, after_chunk)
+    return open_views(
+        experiment, experiment.models[name], index, accelerator,
+        train=True, transforms=transforms, after_chunk=after_chunk, extra=extra, save_record=True, start=start,
+        extra_towers=towers, brief=brief,
+    )  # fmt: skip
 
 
 def open_views(
@@ -74,7 +99,7 @@ def open_views(
     after_chunk: Callable[[], None] = lambda: None,
     extra: Sequence[ExtraSet] = (),
     recorded: TowerRecord | None = None,
-    record: bool = False,
+    save_record: bool = False,
     start: WarmStart | None = None,
     extra_towers: Sequence[ExtraTower] = (),
     brief: bool = False,
@@ -86,7 +111,8 @@ def open_views(
     transforms: number of transforms of the dihedral group that prediction uses.
     after_chunk: called on all ranks equally often while they compute chunks, and may raise.
     extra: sets whose lesions join training.
-    recorded, start: see `open_tower`.  record: write the tower to OUTPUT/towers.
+    recorded, start: see `open_tower`.  save_record: write the record, and the weights of a frozen tower, to
+    OUTPUT/towers.
     extra_towers: are joined with the tower, unless it is recorded.
     brief: do not print notes on the set and the tower, since another process does.
     """
@@ -98,30 +124,27 @@ def open_views(
 
     for note in index.notes():
         say(f"note: {note}")
-    labeled = np.flatnonzero(index.labels != UNLABELED)
-    network = start.choose(labeled) if start and model.tower.cached else None
-    about, tower = open_tower(experiment, model, recorded, pretrained=train, start=network)
-    described: list[dict[str, Any]] = []
-    if tower and extra_towers and not recorded:
-        about, tower, described = join_towers(model, about, tower, extra_towers, labeled)
-    frozen = _frozen_blocks(experiment, model, index, network) if train and model.tower.cached and not tower else {}
-    if (packed := min(index.canvas)) < about.image_size:
-        enlarged = f"tower.image_size {about.image_size} is more than the short side of the packed photos, {packed}"
+    towers = _open_towers(experiment, model, index, train, recorded, start, extra_towers)
+    record, tower = towers.record, towers.tower
+    if (packed := min(index.canvas)) < record.image_size:
+        enlarged = f"tower.image_size {record.image_size} is more than the short side of the packed photos, {packed}"
         say(f"note: {enlarged}: they are enlarged; pack with a larger short_side")
     if tower:
         say(tower.report)
-    if record:
-        on_main(partial(save_tower, experiment.folder / FOLDER, about, tower))
+    if save_record:
+        on_main(partial(save_tower, experiment.folder / FOLDER, record, tower))
 
     sets = [index, *(each.index for each in extra)]
-    opener = _Opener(experiment, model, accelerator, train, about, tower, frozen, sets, after_chunk, say)
-    for each in [] if opener.cached or not train else sets:
+    opener = _Opener(experiment, model, accelerator, train, towers, sets, after_chunk, say)
+    for each in sets if train and not opener.cached else []:
         if found := note_on_open_files(each, model.train.sampling.window):
             say(f"note: {found}")
     loaders = opener.open_set(index, transforms)
-    weights = {key: each.frozen_modules().state_dict() for key, (each, _) in frozen.items()}
-    nothing = np.empty(0, np.int64)
-    views = Views(loaders, about, opener.token_shape, loaders, nothing, (), weights, described)
+    weights = {key: each.frozen_modules().state_dict() for key, (each, _) in towers.frozen_blocks.items()}
+    views = Views(
+        loaders, record, opener.token_shape, training=loaders, extra_rows=np.empty(0, np.int64),
+        frozen=weights, extra_towers=towers.extra, start=start,
+    )  # fmt: skip
     return _with_extra_sets(views, extra, opener) if extra else views
 
 
@@ -129,48 +152,79 @@ def _with_extra_sets(views: Views, extra: Sequence[ExtraSet], opener: _Opener) -
     """Return views whose training loaders have the lesions of extra sets too."""
     index, data = views.loaders.index, opener.experiment.data
     union, names = LesionUnion(index, extra), index.signature.views
-    read = [view for _, cached in opener.frozen.values() for view in cached] or names
+    read = [view for _, cached in opener.towers.frozen_blocks.values() for view in cached] or names
     sources = [views.loaders.source, *(opener.open_set(each.index, 1).source for each in extra)]
     training = LoaderFactory(union, UnionSource(union, sources, read), data.workers, data.prefetch)
     rows = union.extra_rows([view for view in names if view in opener.model.use])
     return replace(views, training=training, extra_rows=rows, extra=union.extra)
 
 
+@dataclass(frozen=True)
+class _Towers:
+    """The towers of a model, as far as they are needed to open its views.
+
+    record, tower: as `open_tower` returns them.  frozen_blocks: as `_frozen_blocks` does; {} if none are cached.
+    extra: what fold.json records of the extra towers that `tower` is joined with.
+    """
+
+    record: TowerRecord
+    tower: Tower | None
+    frozen_blocks: Mapping[str, tuple[Tower, tuple[str, ...]]]
+    extra: Sequence[dict[str, Any]]
+
+
+def _open_towers(
+    experiment: Experiment,
+    model: ModelConfig,
+    index: ShardIndex,
+    train: bool,
+    recorded: TowerRecord | None,
+    start: WarmStart | None,
+    extra: Sequence[ExtraTower],
+) -> _Towers:
+    """Open the towers of a model; the arguments are those of `open_views`."""
+    labeled = np.flatnonzero(index.labels != UNLABELED)
+    network = start.choose(labeled) if start and model.tower.cached else None
+    record, tower = open_tower(experiment, model, recorded, pretrained=train, start=network)
+    described: list[dict[str, Any]] = []
+    if tower and extra and not recorded:
+        record, tower, described = join_towers(model, record, tower, extra, labeled)
+    caches_blocks = train and model.tower.cached and not tower
+    frozen_blocks = _frozen_blocks(experiment, model, index, network) if caches_blocks else {}
+    return _Towers(record, tower, frozen_blocks, described)
+
+
 @dataclass
 class _Opener:
-    """Opens packed sets for one model: their photos, or the token cache, which it fills.
-
-    about, tower: as `open_tower` returns them.  frozen: as `_frozen_blocks` does.  sets: all that are opened.
-    """
+    """Opens packed sets for one model: their photos, or the token cache, which it fills. sets: all that are opened."""
 
     experiment: Experiment
     model: ModelConfig
     accelerator: Accelerator
     train: bool
-    about: TowerRecord
-    tower: Tower | None
-    frozen: Mapping[str, tuple[Tower, tuple[str, ...]]]
+    towers: _Towers
     sets: Sequence[ShardIndex]
     after_chunk: Callable[[], None]
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self._announced = False
+        self.record, self.tower = self.towers.record, self.towers.tower
         self.means = self.tower is not None and network_class(self.model.kind).reads_mean_tokens
-        self.cached = [_Cached.blocks(each, views) for each, views in self.frozen.values()]
+        self.cached = [_Cached.blocks(each, views) for each, views in self.towers.frozen_blocks.values()]
         if isinstance(self.tower, JoinedTower):
             self.cached = [_Cached.tower(part.tower, part.weights) for part in self.tower.parts]
         elif self.tower:
-            self.cached = [_Cached.tower(self.tower, self.about.weights)]
+            self.cached = [_Cached.tower(self.tower, self.record.weights)]
 
     @property
     def token_shape(self) -> TokenShape | None:
         """Shape of the tokens that the loaders return; None if the network holds the towers."""
         if self.tower is None:
             return None
-        if self.means and not self.about.is_joined:
-            return TokenShape(1, self.about.width)
-        return self.about.token_shape
+        if self.means and not self.record.is_joined:
+            return TokenShape(1, self.record.width)
+        return self.record.token_shape
 
     def open_set(self, index: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
         """Open a packed set. Call on all ranks. transforms: see `open_views`."""
@@ -184,25 +238,25 @@ class _Opener:
         return LoaderFactory(index, source, self.experiment.data.workers, self.experiment.data.prefetch)
 
     def _open_photos(self, index: ShardIndex, views: Sequence[str] | None) -> LoaderFactory[ShardIndex]:
-        share, about, data = 1.0, self.about, self.experiment.data
+        share, record, data = 1.0, self.record, self.experiment.data
         if not self.cached and index.remote:  # of the shard cache's size
             share = index.bytes / sum(other.bytes for other in self.sets if other.remote)
         augment = self.model.train.augment
         photos = PhotoSource(
-            index, about.image_size, about.mean, about.std, augment,
-            views=views, cache_share=share, frame=about.frame,
+            index, record.image_size, record.mean, record.std, augment,
+            views=views, cache_share=share, frame=record.frame,
         )  # fmt: skip
         return LoaderFactory(index, photos, data.workers, data.prefetch)
 
     def _open_cache(self, index: ShardIndex, part: _Cached, transforms: int) -> TokenSource:
-        model, about, seed = self.model, self.about, self.experiment.seed_of_tokens
+        model, record, seed = self.model, self.record, self.experiment.seed_of_tokens
         loaders = self._open_photos(index, part.views)
         photos = loaders.source
         assert isinstance(photos, PhotoSource)
-        frame = {} if about.frame == "square" else {"frame": about.frame}
+        frame = {} if record.frame == "square" else {"frame": record.frame}
         dtype = model.tower.token_dtype
         stored = {} if dtype == "float16" else {"dtype": dtype}
-        key = cache_key(**part.identity, index=index.fingerprint, size=about.image_size, **frame, **stored)
+        key = cache_key(**part.identity, index=index.fingerprint, size=record.image_size, **frame, **stored)
         full = TokenCache(self.experiment.token_folder / key, len(index), part.shape, dtype)
         cache = full.means() if self.means else full
         variants = [PLAIN, *augmented_versions(model.train.augment, seed)] if self.train else [PLAIN]
@@ -213,7 +267,7 @@ class _Opener:
         )
         if on_main(partial(cache.missing, versions)):
             self._announce()
-            if self.means and not about.is_joined and _needs_full_tokens(self.experiment, model):
+            if self.means and not record.is_joined and _needs_full_tokens(self.experiment, model):
                 extractor.fill(full, versions, model.train.compile, self.after_chunk)
         extractor.fill(cache, versions, model.train.compile, self.after_chunk, full if self.means else None)
         photos.close()

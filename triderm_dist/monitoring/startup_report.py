@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +18,20 @@ from triderm_dist.monitoring.flops import Budget
 from triderm_dist.runtime.terminal import counted, wrapped
 
 
-def report(
+class LesionCounts(NamedTuple):
+    """Lesions of a training. train: those to train on, of which `extra` are from extra sets.  validation: held out."""
+
+    train: int
+    extra: int
+    validation: int
+
+
+def format_report(
     name: str,
     accelerator: Accelerator,
     config: TrainConfig,
     network: Network,
-    lesions: tuple[int, int, int],
+    lesions: LesionCounts,
     steps: Sequence[int],
     budget: Budget | None,
     *,
@@ -35,17 +44,18 @@ def report(
     """Format the report: strategy, precision, batch, steps, options that are off, parts of the network that the task
     lacks, and parameters by part.
 
-    network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
+    network: before it is wrapped.  steps: of each epoch.
     start: the step from which the training resumes.  brief: only what differs between the folds of a model.
     why_precision: the reason; "" for that of `choose_precision`.
     why_no_graph: the reason why steps do not use a CUDA graph; "" if they do.
     """
     world = accelerator.num_processes
-    extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""
+    extra = f" ({lesions.extra:,} of extra sets)" if lesions.extra else ""
+    validation = f"{lesions.validation:,}" if lesions.validation else "none"
     precision, why = choose_precision(config.precision, accelerator.device)
     accumulation = split_batch(config.global_batch, config.micro_batch, world)
     differing = {
-        "lesions": f"{lesions[0]:,} to train{extra}, {f'{lesions[2]:,}' if lesions[2] else 'none'} to validate",
+        "lesions": f"{lesions.train:,} to train{extra}, {validation} to validate",
         "steps": f"{sum(steps):,} in {counted(len(steps), 'epoch')} of {steps[0]:,}",
         "start": f"resumed at step {start:,} of {sum(steps):,}" if start else "",
     }
