@@ -75,16 +75,16 @@ def test_a_network_predicts_alone_unless_the_ensemble_beats_it(skills: list[floa
         lambda fold: tables, labels, folds, lambda fold: folds, Fitting(config), groups=np.arange(330)
     )
     choice = nested.choice
-    assert choice is not None and choice.stacker is None
+    assert choice is not None and choice.over_stacker is None
     assert choice.used in {"mean": ("mean", "fitted")}.get(expected, (expected,))
-    assert (choice.difference.low > 0) == (skills == [1.5, 1.5])
+    assert (choice.over_network.low > 0) == (skills == [1.5, 1.5])
     if expected in tables:  # the same in all folds
         assert set(nested.picks.values()) == {expected}
         np.testing.assert_array_equal(nested.decisions[CHOSEN], nested.decisions[expected])
         np.testing.assert_allclose(nested.probabilities, tables[expected])
     score = metrics.macro_f1(nested.decisions[CHOSEN], labels)
     if use == "auto":  # and in each fold by itself
-        assert choice.counted == pytest.approx(score)
+        assert choice.nested_score == pytest.approx(score)
 
 
 def test_best_of_many_networks_is_chosen_on_the_other_folds() -> None:

@@ -61,10 +61,10 @@ from triderm_dist.schema import CheckpointError
 CHECKPOINT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
 """Those of version 2 hold frozen parameters too."""
-BEFORE = {
+OLD_EXECUTION = {
     "dropout": "by micro-batch", "order of repeats": "at equal distances", "train.gradient_precision": "fp32",
 }  # fmt: skip
-"""How the code of checkpoints that do not say it computed a step; a training resumes from them with today's code."""
+"""How a step was computed by versions whose checkpoints do not record it; a training resumes from them all the same."""
 
 
 @dataclass
@@ -374,7 +374,7 @@ class Checkpoints:
         if choice is None:
             return None
         saved = Checkpoint(Path(choice))
-        before, self.changes = {**BEFORE, **saved.record.get("how", {})}, saved.record.get("changes", [])
+        before, self.changes = {**OLD_EXECUTION, **saved.record.get("how", {})}, saved.record.get("changes", [])
         now = self.execution
         if changed := {key: [old, now[key]] for key, old in before.items() if now.get(key, old) != old}:
             self.changes = [*self.changes, {"step": saved.state.step, **changed}]

@@ -30,6 +30,7 @@ from triderm_dist.engine.fold import (
     assigned_folds,
     check_task,
     is_fold_finished,
+    load_network,
     model_config,
     new_network,
     result_hashes,
@@ -42,7 +43,7 @@ from triderm_dist.engine.fold_folder import (
     remove_obsolete_checkpoints,
 )
 from triderm_dist.engine.fold_results import later_seconds
-from triderm_dist.engine.network_files import load_weights, read_info, write_info
+from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, mean_tokens, open_training_views
 from triderm_dist.engine.warm_start import fill_network
@@ -308,8 +309,7 @@ class FoldRun:
     def _predict(self, accelerator: Accelerator, micro_batch: int) -> None:
         """Predict the validation rows, with all inputs and with each input treated as missing, and write both."""
         # A new network, since the trained one may be sharded or hold other weights than the selected ones.
-        network = new_network(self.model, self.views, pretrained=False)
-        load_weights(self.path / "weights", network)
+        network = load_network(self.model, self.views, self.path)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
         with self._writers() as write:
             evaluate_hidden(

@@ -42,9 +42,14 @@ class Evaluation:
     features: np.ndarray
 
 
+def network_inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Return the arguments of a network's `forward`."""
+    return batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata
+
+
 def forward(network: nn.Module, batch: Batch) -> Outputs:
     """Run the network on a batch."""
-    return network(batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata)
+    return network(*network_inputs(batch))
 
 
 def hide_input(batch: Batch, name: str, concepts: Sequence[str]) -> Batch:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from triderm_dist.config import Experiment, ModelConfig
+from triderm_dist.config import Experiment
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.photo_source import PhotoSource
@@ -16,8 +16,8 @@ from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
-from triderm_dist.engine.fold import assigned_folds, fold_tower, model_config, new_network, trained_fold
-from triderm_dist.engine.network_files import load_weights
+from triderm_dist.engine.evaluate import network_inputs
+from triderm_dist.engine.fold import assigned_folds, fold_tower, load_network, model_config, trained_fold
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.losses import HeadKind, probabilities
 from triderm_dist.models import network_class
@@ -100,9 +100,10 @@ def _attention_maps(
         batches = {tower: _batch(views[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}}
         for fold in folds:
             if fold not in networks:
-                networks[fold] = _network(model, views[recorded[fold]], experiment.fold_folder(name, fold)).to(device)
+                network = load_network(model, views[recorded[fold]], experiment.fold_folder(name, fold))
+                networks[fold] = network.eval().to(device)  # type: ignore[assignment]
         pixels = _batch(_photos(index, views[recorded[folds[0]]].tower), row, device)
-        inputs = [(networks[fold], inputs_of(batches[recorded[fold]])) for fold in folds]
+        inputs = [(networks[fold], network_inputs(batches[recorded[fold]])) for fold in folds]
         yield maps_of(inputs, model.head, index, row, {view: getattr(pixels, view)[0] for view in VIEWS})
 
 
@@ -136,21 +137,9 @@ def maps_of(
     )
 
 
-def inputs_of(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Return the inputs of a network's `forward`."""
-    return batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata
-
-
 def _photos(index: ShardIndex, tower: TowerRecord) -> LoaderFactory:
     """Return loaders of the photos at the size of the model's tower, with pixels in [0, 1]."""
     return LoaderFactory(index, PhotoSource(index, tower.image_size, (0.0,) * 3, (1.0,) * 3, frame=tower.frame))
-
-
-def _network(model: ModelConfig, views: Views, folder: Path) -> TriModal:
-    """Load the trained network of a fold."""
-    network = new_network(model, views, pretrained=False)
-    load_weights(folder / "weights", network)
-    return network.eval()  # type: ignore[return-value]
 
 
 def _batch(loaders: LoaderFactory, row: int, device: torch.device) -> Batch:

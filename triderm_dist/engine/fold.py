@@ -20,7 +20,7 @@ from triderm_dist.data.shards.open import is_packed, set_fingerprint
 from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
-from triderm_dist.engine.network_files import read_info
+from triderm_dist.engine.network_files import load_weights, read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import Views
 from triderm_dist.engine.warm_start import extra_identity, init_identity
@@ -52,6 +52,13 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
     if views.frozen:
         network.load_frozen(views.frozen)
         network.skip_frozen()
+    return network
+
+
+def load_network(model: ModelConfig, views: Views, folder: Path) -> Network:
+    """Build the network that was trained in a folder, with its selected weights, for the inputs that `views` return."""
+    network = new_network(model, views, pretrained=False)
+    load_weights(folder / "weights", network)
     return network
 
 

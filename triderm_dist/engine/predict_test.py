@@ -22,12 +22,12 @@ from triderm_dist.engine.evaluate import evaluate_hidden
 from triderm_dist.engine.fold import (
     as_predictions,
     fold_tower,
+    load_network,
     model_config,
     network_folders,
-    new_network,
     trained_fold,
 )
-from triderm_dist.engine.network_files import load_weights, read_info, write_info
+from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, TEST, predictions_writer
@@ -63,8 +63,7 @@ def predict_test(
                     experiment, model, index, accelerator, train=False, transforms=transforms, recorded=tower
                 )
             views = opened[tower]
-            network = new_network(model, views, pretrained=False)
-            load_weights(folder / "weights", network)
+            network = load_network(model, views, folder)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
             about = index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
             write = partial(_predict, folder / "test.parquet", network, views, accelerator, transforms, about)

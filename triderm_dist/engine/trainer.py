@@ -344,7 +344,7 @@ def check_names(config: TrainConfig) -> None:
 
 
 def execution_settings(config: TrainConfig, accelerator: Accelerator, network: Network) -> dict[str, Any]:
-    """Return settings that affect rounding and may change on resume, and code versions as in `checkpoint.BEFORE`."""
+    """Return settings that affect rounding and may change on resume, and code versions (`checkpoint.OLD_EXECUTION`)."""
     return {
         **({"dropout": "by lesion"} if has_dropout(network) else {}),
         **({"order of repeats": "random"} if config.sampling.kind == "balanced" else {}),

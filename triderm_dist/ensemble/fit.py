@@ -282,9 +282,9 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
         "used": choice.used,
         "ensemble": choice.ensemble,
         "network": choice.network,
-        "difference": choice.difference.json(),
-        "stacker": choice.stacker.json() if choice.stacker else None,
-        "counted": choice.counted,
+        "difference": choice.over_network.json(),
+        "stacker": choice.over_stacker.json() if choice.over_stacker else None,
+        "counted": choice.nested_score,
     }
 
 
@@ -293,25 +293,25 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
     scores, network = choice.scores, choice.network
     others = {name: score for name, score in scores.items() if name != FITTED}
     best = max(others, key=lambda name: others[name])
-    fitted, other = _told_apart(scores[FITTED], others[best])
+    fitted, other = _distinct_texts(scores[FITTED], others[best])
     other = f"{TITLES.get(best, best)} ({other})"
     if choice.ensemble == FITTED:
         weights = f"the ensemble has fitted weights: they beat {other} with {fitted} nested, on these lesions"
     else:
         weights = f"the ensemble is the plain mean: fitted weights ({fitted}) do not beat {other} nested"
-    compared = f"the ensemble {_beats(f'its best network, {network} ({scores[network]:.3f}),', choice.difference)}"
-    if choice.stacker:
-        compared += f"; it {_beats('the stacker', choice.stacker)}"
+    compared = f"the ensemble {_beats(f'its best network, {network} ({scores[network]:.3f}),', choice.over_network)}"
+    if choice.over_stacker:
+        compared += f"; it {_beats('the stacker', choice.over_stacker)}"
     if use != AUTO:
         what = "the ensemble" if use == ENSEMBLE else use
         return [weights, f"as ensemble.use says, {what} predicts; {compared}"]
-    counted = f"this choice was made on these lesions; made in each fold on the other folds, {choice.counted:.3f}"
+    nested = f"this choice was made on these lesions; made in each fold on the other folds, {choice.nested_score:.3f}"
     if choice.used == network:
-        return [weights, f"a single network predicts: {network}; {compared}; {counted}"]
-    return [weights, f"the ensemble predicts; {compared}; {counted}"]
+        return [weights, f"a single network predicts: {network}; {compared}; {nested}"]
+    return [weights, f"the ensemble predicts; {compared}; {nested}"]
 
 
-def _told_apart(one: float, other: float) -> tuple[str, str]:
+def _distinct_texts(one: float, other: float) -> tuple[str, str]:
     """Return the texts of two scores, with more decimals than three where these are the same."""
     texts = ((f"{one:.{decimals}f}", f"{other:.{decimals}f}") for decimals in range(3, MOST_DECIMALS + 1))
     return next((pair for pair in texts if pair[0] != pair[1]), (f"{one:.3f}", f"{other:.3f}"))

@@ -132,18 +132,18 @@ class Choice:
     """What predicts, and why.
 
     used: a weighting.  ensemble: the weighting of the ensemble, `mean` or `fitted`.  network: the best one.  scores:
-    nested macro F1 by weighting.  difference: nested macro F1 of the ensemble minus that of the network.  stacker:
-    minus that of the stacker, if there is one.  counted: nested macro F1 of this choice if it is made in each fold
-    on the other folds too.
+    nested macro F1 by weighting.  over_network, over_stacker: nested macro F1 of the ensemble minus that of the network,
+    and minus that of the stacker, if there is one.  nested_score: macro F1 of this choice if it is made in each fold on
+    the other folds too.
     """
 
     used: str
     ensemble: str
     network: str
     scores: Mapping[str, float]
-    difference: intervals.Interval
-    stacker: intervals.Interval | None
-    counted: float
+    over_network: intervals.Interval
+    over_stacker: intervals.Interval | None
+    nested_score: float
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,10 @@ def _choose(
     """Choose what predicts by the nested decisions of each weighting, of the ensemble and of the automatic choice."""
     config = fitting.config
     scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
-    counted = scores.pop(AUTO)
+    nested_score = scores.pop(AUTO)
     del scores[ENSEMBLE], scores[_NETWORK]
     ensemble, network = choose_weighting(scores), best_network(scores)
-    difference, stacker = (
+    over_network, over_stacker = (
         intervals.paired_difference(
             decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed
         )
@@ -255,9 +255,9 @@ def _choose(
         else None
         for name in (network, STACKER)
     )
-    assert difference is not None
-    used = {ENSEMBLE: ensemble, AUTO: ensemble if difference.low > 0 else network}.get(config.use, config.use)
-    return Choice(used, ensemble, network, scores, difference, stacker, counted)
+    assert over_network is not None
+    used = {ENSEMBLE: ensemble, AUTO: ensemble if over_network.low > 0 else network}.get(config.use, config.use)
+    return Choice(used, ensemble, network, scores, over_network, over_stacker, nested_score)
 
 
 class MacroF1Objective:
