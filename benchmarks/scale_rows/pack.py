@@ -79,7 +79,7 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
     """Do all that the process does which packs by a cluster, but hand the lesions to none: the shards are holes."""
     import pyarrow as pa
 
-    from triderm_dist.data.group_hashes import hash_groups
+    from triderm_dist.data.group_hashes import GroupHashing, hash_groups
     from triderm_dist.data.readers import milk10k  # noqa: F401, its memory is not the driver's
     from triderm_dist.data.shards.format import ShardFile, rows_schema
     from triderm_dist.data.shards.pack import pack_shards
@@ -88,7 +88,7 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # for the columns of the set
     before = _memory("VmRSS")
-    dataset, hashes = hash_groups(read_tables(n, folder), folder / "out")
+    dataset, hashes = hash_groups(read_tables(n, folder), folder / "out", GroupHashing())
     return_freed_memory()  # as packing begins with
     Path("/proc/self/clear_refs").write_text("5")  # the peak of reading is that of the row `read`
     schema = rows_schema(len(dataset.concepts), len(dataset.task.fields))

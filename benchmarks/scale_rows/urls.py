@@ -38,9 +38,10 @@ def write_tars(n: int, folder: Path) -> None:
 
 
 def index_tars(n: int, folder: Path) -> None:
+    from triderm_dist.data.group_hashes import GroupHashing
     from triderm_dist.data.shards.index_foreign import index_shards
 
-    assert len(index_shards(folder / "theirs", hash_groups=True)) == n
+    assert len(index_shards(folder / "theirs", hashing=GroupHashing())) == n
 
 
 def write_scans(n: int, folder: Path) -> None:

@@ -17,7 +17,7 @@ from tests.conftest import write_challenge
 from triderm_dist.commands.pack import PackConfig, main
 from triderm_dist.config import DataConfig
 from triderm_dist.data import group_hashes
-from triderm_dist.data.group_hashes import GroupHashes, groups_file, hash_groups, read_salt, salt_of
+from triderm_dist.data.group_hashes import GroupHashes, GroupHashing, groups_file, hash_groups, read_salt, salt_of
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
@@ -144,7 +144,7 @@ def test_index_of_other_tars_holds_hashes(source, packed, tmp_path):
     for name in ("index.json", "samples.parquet"):
         (tmp_path / "foreign" / name).unlink()
     tars, notes = contents(tmp_path / "foreign"), list[str]()
-    index = index_shards(tmp_path / "foreign", note=notes.append, hash_groups=True)
+    index = index_shards(tmp_path / "foreign", note=notes.append, hashing=GroupHashing())
     hashes = GroupHashes(read_salt(groups_file(index.folder)))
     clear = {lesion.lesion_id: lesion.group for lesion in read_challenge(source, invalid="drop").lesions}
     assert index.group_salt == hashes.fingerprint and notes[-1].endswith("; the tars hold their ids")
@@ -206,7 +206,7 @@ def test_lesion_ids_that_hold_the_id_of_their_patient_are_noted(source, tmp_path
         dataclasses.replace(dataset.lesions[0], lesion_id=lesion, group=group),
         dataclasses.replace(dataset.lesions[1], lesion_id="x", group="other"),
     ]
-    found, _ = hash_groups(Dataset(dataset.task, lesions, dataset.concepts, True, []), tmp_path / "set")
+    found, _ = hash_groups(Dataset(dataset.task, lesions, dataset.concepts, True, []), tmp_path / "set", GroupHashing())
     assert bool(found.notes) == noted
     if noted:
         assert found.notes[0].startswith(f"1 lesion ids hold the id of their patient_id, such as {lesion}; only groups")

@@ -77,6 +77,7 @@ class IndexConfig(Extensible):
 
 
 def main(config: IndexConfig) -> None:
+    from triderm_dist.data.group_hashes import GroupHashing
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.foreign_folder import folder_task
@@ -84,7 +85,7 @@ def main(config: IndexConfig) -> None:
     from triderm_dist.data.shards.publish import local_name
     from triderm_dist.tasks import load_task, milk10k_task
 
-    part = slice_of(config.slice)
+    part, explicit = slice_of(config.slice), "groups" in config.model_fields_set
     table = Path(f"{local_name(config.output or config.folder)}.problems.csv")
     if config.address and part:
         raise ConfigError("address: the cluster scans all tars; leave out slice=")
@@ -113,9 +114,7 @@ def main(config: IndexConfig) -> None:
                 invalid=config.invalid,
                 progress=progress,
                 note=lambda text: print(f"note: {text}"),
-                hash_groups=config.groups == "hash",
-                salt=config.salt,
-                asked="groups" in config.model_fields_set,
+                hashing=GroupHashing(config.salt, explicit) if config.groups == "hash" else None,
                 distribute=distribute,
                 output=config.output,
             )

@@ -142,7 +142,7 @@ def _check(config: PackConfig) -> None:
 
 def _read(config: PackConfig) -> tuple[Dataset, GroupHashes | None]:
     """Return the data set, and the hashes of its groups where they replace them."""
-    from triderm_dist.data.group_hashes import hash_groups
+    from triderm_dist.data.group_hashes import GroupHashing, hash_groups
     from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.publish import local_name
 
@@ -151,7 +151,8 @@ def _read(config: PackConfig) -> tuple[Dataset, GroupHashes | None]:
     dataset = read_source(source, task, config.missing_view, config.invalid)
     if config.groups == "plain" or (dataset.problems and config.invalid == "refuse"):
         return dataset, None
-    return hash_groups(dataset, local_name(config.output), config.salt, "groups" in config.model_fields_set)
+    hashing = GroupHashing(config.salt, explicit="groups" in config.model_fields_set)
+    return hash_groups(dataset, local_name(config.output), hashing)
 
 
 def start() -> None:

@@ -93,19 +93,32 @@ def groups_file(folder: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(folder).rstrip('/')}.groups.csv")
 
 
+@dataclass(frozen=True)
+class GroupHashing:
+    """How groups are replaced by hashes.
+
+    salt: that of another set (`salt_of`); None: that of the file of groups, else a random one, which is in the file
+    before anything is packed with it.  explicit: the user asked for hashes; False leaves groups as they are where the
+    output was packed so by an earlier version.
+    """
+
+    salt: str | None = None
+    explicit: bool = True
+
+
 def hash_groups(
-    dataset: Dataset, output: str | os.PathLike[str], salt: str | None = None, asked: bool = True
+    dataset: Dataset, output: str | os.PathLike[str], hashing: GroupHashing
 ) -> tuple[Dataset, GroupHashes | None]:
     """Return the data set with hashes instead of groups, and the hashes; unchanged and None if there are no groups.
 
-    The notes of the data set get those of `hashes_for`, which describes the arguments.
+    The notes of the data set get those of `hashes_for`. output: of which the hashes are, see `groups_file`.
     """
     table = LesionTable.of(dataset.lesions)
     parts = [np.arange(start, min(start + CHUNK, len(table))) for start in range(0, len(table), CHUNK)]
     if all(table.group_names(rows) == table.ids[rows].tolist() for rows in parts):
         return dataset, None
     numbers, names = table.distinct_groups()
-    hashes, notes = _hashes_of(Text(pa.chunked_array([names])), output, salt, asked)
+    hashes, notes = _hashes_of(Text(pa.chunked_array([names])), output, hashing)
     if hashes:
         sizes = np.bincount(numbers)
         own = ((table.ids[rows], table.group_names(rows), sizes[numbers[rows]].tolist()) for rows in parts)
@@ -119,16 +132,13 @@ def hashes_for(
     lesion_ids: pa.ChunkedArray,
     groups: pa.ChunkedArray,
     output: str | os.PathLike[str],
+    hashing: GroupHashing,
     column: str | None = None,
-    salt: str | None = None,
-    asked: bool = True,
 ) -> tuple[GroupHashes | None, list[str]]:
     """Write the hashes of groups to the `groups_file` of `output`, and return them and notes; None without any groups.
 
-    lesion_ids, groups: (N,) str.  column: the name of groups.  salt: that of another set (`salt_of`); None: that of the
-    file, else a random one, which is in the file before anything is packed with it.  asked: False leaves groups as they
-    are where `output` was packed so by an earlier version. A note tells that, and counts lesion ids that hold the id of
-    their group, since those are kept.
+    lesion_ids, groups: (N,) str.  column: the name of groups. A note says where groups are left as they are, and counts
+    lesion ids that hold the id of their group, since those are kept.
 
     Raises DataError for a file of groups that cannot be read, that holds another salt, or that a packed set lacks.
     """
@@ -136,7 +146,7 @@ def hashes_for(
         return None, []
     encoded = groups.dictionary_encode().combine_chunks()
     numbers, names = to_array(encoded.indices), Text(pa.chunked_array([encoded.dictionary]))
-    hashes, notes = _hashes_of(names, output, salt, asked)
+    hashes, notes = _hashes_of(names, output, hashing)
     if hashes:
         sizes = np.bincount(numbers)
         parts = [slice(start, start + CHUNK) for start in range(0, len(groups), CHUNK)]
@@ -148,20 +158,20 @@ def hashes_for(
 
 
 def _hashes_of(
-    groups: Sequence[str], output: str | os.PathLike[str], salt: str | None, asked: bool
+    groups: Sequence[str], output: str | os.PathLike[str], hashing: GroupHashing
 ) -> tuple[GroupHashes | None, list[str]]:
     """Write the hashes of distinct groups to the file and return them; None, with a note, if groups are kept as ids."""
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
         is_hashed = "groups" in read_json(index)
-        if not is_hashed and not asked:
+        if not is_hashed and not hashing.explicit:
             return None, [f"{output} holds group ids as they are; delete its index and make it again for hashes"]
         if is_hashed and not file.exists():
             raise DataError(
                 f"{file}: no such file, and the groups of {output} are hashes under its salt; bring it back, or delete "
                 "that folder and pack again"
             )
-    hashes = GroupHashes(_own_salt(file, salt_of(salt) if salt else None), groups)
+    hashes = GroupHashes(_own_salt(file, salt_of(hashing.salt) if hashing.salt else None), groups)
     numbers = np.fromiter((int(hashes.of(group), 16) for group in groups), np.uint64, len(groups))
     if len(np.unique(numbers)) < len(groups):
         raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")

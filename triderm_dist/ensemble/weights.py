@@ -132,9 +132,9 @@ class Choice:
     """What predicts, and why.
 
     used: a weighting.  ensemble: the weighting of the ensemble, `mean` or `fitted`.  network: the best one.  scores:
-    nested macro F1 by weighting.  over_network, over_stacker: nested macro F1 of the ensemble minus that of the network,
-    and minus that of the stacker, if there is one.  nested_score: macro F1 of this choice if it is made in each fold on
-    the other folds too.
+    nested macro F1 by weighting.  over_network: nested macro F1 of the ensemble minus that of the network.
+    over_stacker: minus that of the stacker, if there is one.  nested_score: macro F1 of this choice if it is made in
+    each fold on the other folds too.
     """
 
     used: str

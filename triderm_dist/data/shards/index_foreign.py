@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.group_hashes import GroupHashes, hashes_for
+from triderm_dist.data.group_hashes import GroupHashes, GroupHashing, hashes_for
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.shards.foreign_folder import list_tars
 from triderm_dist.data.shards.format import EXTENSIONS
@@ -56,9 +56,7 @@ def index_shards(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], object] = lambda text: None,
-    hash_groups: bool = False,
-    salt: str | None = None,
-    asked: bool = True,
+    hashing: GroupHashing | None = None,
     distribute: Distribute | None = None,
     output: str | os.PathLike[str] | None = None,
 ) -> ShardIndex:
@@ -71,9 +69,9 @@ def index_shards(
 
     task: gives labels, fields and views their meaning; None takes MILK10k's. A number is a label like any other word,
     since its meaning is not known.  workers: threads, None for one per core; with `distribute` those of each task, None
-    for one.  hash_groups: write hashes in the place of groups, as triderm pack does; the tars are not changed.  salt,
-    asked: see `hashes_for`.  distribute: has the tars scanned, None for threads of this process.  output: a local
-    folder for the index of tars behind a URL, None for the URL itself.
+    for one.  hashing: write hashes in the place of groups, as triderm pack does; the tars are not changed.
+    distribute: has the tars scanned, None for threads of this process.  output: a local folder for the index of tars
+    behind a URL, None for the URL itself.
 
     Raises InvalidLesions with all problems; Busy where another process indexes the folder; DataError for labels that
     name no diagnosis, with their counts, for a folder without plain tars or one written by triderm pack, and for a URL
@@ -94,7 +92,7 @@ def index_shards(
         _check(redact(where).rstrip("/"), found, invalid, len(tars))
         for text in found.notes():
             note(text)
-        hashes = _hash_groups(found, output or local_name(where), salt, asked, note) if hash_groups else None
+        hashes = _hash_groups(found, output or local_name(where), hashing, note) if hashing else None
         _write(target or part / "index", found, extensions, hashes)
         if output:
             remember(where, pass_on=True)
@@ -107,10 +105,10 @@ def index_shards(
 
 
 def _hash_groups(
-    found: MergedScans, output: str | os.PathLike[str], salt: str | None, asked: bool, note: Callable[[str], object]
+    found: MergedScans, output: str | os.PathLike[str], hashing: GroupHashing, note: Callable[[str], object]
 ) -> GroupHashes | None:
     """Return the hashes of the groups (see `hashes_for`), after calling `note` with each note on them."""
-    hashes, notes = hashes_for(*found.ids_and_groups(), output, found.task.columns.group, salt, asked)
+    hashes, notes = hashes_for(*found.ids_and_groups(), output, hashing, found.task.columns.group)
     if hashes:
         count = len(hashes.groups)
         notes.append(f"index and predictions hold hashes of {count:,} groups; the tars hold their ids")
