@@ -8,9 +8,13 @@ GPUs, such as each on half of one:
 triderm crossval --config EXPERIMENT.yaml parallel_folds=true gpus=0.5
 """
 
+from __future__ import annotations
+
 import glob
 import os
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -20,6 +24,9 @@ from triderm_dist.config import CONFIG_FILE, PARALLEL_FOLDS_KEYS, TRAINING, Para
 from triderm_dist.environment import record_data
 from triderm_dist.runtime.child_processes import start_server
 from triderm_dist.runtime.terminal import counted, wrapped
+
+if TYPE_CHECKING:
+    from triderm_dist.data.shards.index import ShardIndex
 
 IMPORTED_BY_FOLDS = ("triderm_dist.engine.crossval", "triderm_dist.engine.extra_sets", "timm", "torchvision")
 """Modules that take seconds to import; processes of folds are forks of one that has imported them."""
@@ -47,12 +54,9 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.doctor.preflight import check_disk, check_training, lesions_of
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
-    from triderm_dist.engine.fold import assigned_folds, data_facts, model_config
-    from triderm_dist.engine.fold_results import LOGGED, fold_results, results_table
+    from triderm_dist.engine.fold import data_facts, model_config
     from triderm_dist.engine.parallel_folds import run_local_folds
     from triderm_dist.engine.ray_folds import run_ray_folds
-    from triderm_dist.monitoring.tracking import log_scores
-    from triderm_dist.predictions import DataSplit, find_predictions, write_gathered
     from triderm_dist.schema import ConfigError
 
     if config.parallel_folds is True and "WORLD_SIZE" in os.environ:
@@ -77,17 +81,33 @@ def main(config: CrossvalRun) -> None:
     if is_main():
         save(experiment, config.folder / CONFIG_FILE)
         record_data(config.folder, "train", data_facts(experiment, index))
-        results = fold_results(experiment, names, range(config.data.folds))
-        print(results_table(results))
-        scores = {f"{each.model}/fold {each.fold}/{key}": getattr(each, key) for each in results for key in LOGGED}
-        log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
-        if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
-            print(wrapped(f"oof.parquet is written when {', '.join(missing)} is trained too"))
-            return
-        path, folds = config.folder / "oof.parquet", assigned_folds(index, config.data)
-        data = DataSplit(index.lesion_ids, index.labels, folds, index.task)
-        write_gathered(path, config.folder, tuple(config.models), data)
-        print(wrapped(f"{counted(len(index), 'lesion')} by {counted(len(config.models), 'model')} in {path}"))
+        print_results(config, names)
+        gather(config, index)
+
+
+def print_results(config: CrossvalRun, names: Sequence[str]) -> None:
+    """Print the scores of the folds of some models, and send them to the trackers."""
+    from triderm_dist.engine.fold_results import LOGGED, fold_results, results_table
+    from triderm_dist.monitoring.tracking import log_scores
+
+    results = fold_results(config.experiment, names, range(config.data.folds))
+    print(results_table(results))
+    scores = {f"{each.model}/fold {each.fold}/{key}": getattr(each, key) for each in results for key in LOGGED}
+    log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
+
+
+def gather(config: CrossvalRun, index: ShardIndex) -> None:
+    """Gather the held-out predictions of all models in oof.parquet, if all are trained."""
+    from triderm_dist.engine.fold import assigned_folds
+    from triderm_dist.predictions import DataSplit, find_predictions, write_gathered
+
+    if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
+        print(wrapped(f"oof.parquet is written when {', '.join(missing)} is trained too"))
+        return
+    path, folds = config.folder / "oof.parquet", assigned_folds(index, config.data)
+    data = DataSplit(index.lesion_ids, index.labels, folds, index.task)
+    write_gathered(path, config.folder, tuple(config.models), data)
+    print(wrapped(f"{counted(len(index), 'lesion')} by {counted(len(config.models), 'model')} in {path}"))
 
 
 def trains_in_processes() -> bool:

@@ -51,6 +51,25 @@ class PipelineRun(ParallelFoldsRun):
 
 
 def main(config: PipelineRun) -> None:
+    from triderm_dist.doctor.preflight import check_pipeline
+
+    _check(config)
+    settings = config.folder / CONFIG_FILE
+    planned = stages(config, settings)
+    for note in check_pipeline(config.experiment):
+        print(wrapped(f"note: {note}"))
+    used = run_stages(planned, config.folder, begin=lambda: save(config.experiment, settings))
+    if used:
+        environment = config.folder / ENVIRONMENT_FILE
+        print(usage_table(used))
+        print(wrapped(f"data, disk, other: what the main thread waited for; {environment} keeps this"))
+    for path in (path for stage in planned for path in stage.outputs):
+        if path.parent == config.folder and path.suffix in (".csv", ".html"):
+            print(path)
+
+
+def _check(config: PipelineRun) -> None:
+    """Raise InputError for settings that do not go together, and for missing packages, before any file is read."""
     if config.data.source is None and config.data.shards is None:
         raise ConfigError(
             "data.source is missing: name a folder of photos with a table, or packed shards as data.shards"
@@ -61,9 +80,6 @@ def main(config: PipelineRun) -> None:
         from triderm_dist.ensemble.fitted_stacker import stacker_kind
 
         stacker_kind(config.stack)  # refuses unknown kinds and settings before anything is trained
-    from triderm_dist.doctor.preflight import check_pipeline
-
-    folder, settings = config.folder, config.folder / CONFIG_FILE
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
         raise ConfigError(
             f"launcher: {config.launcher}: no such file, nor a shipped one of that name; triderm config list names them"
@@ -77,16 +93,6 @@ def main(config: PipelineRun) -> None:
         require("parallel_folds", "ray")
     if config.launcher and config.parallel_folds is True:
         raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
-    found = stages(config, settings)
-    for note in check_pipeline(config.experiment):
-        print(wrapped(f"note: {note}"))
-    used = run_stages(found, folder, begin=lambda: save(config.experiment, settings))
-    if used:
-        print(usage_table(used))
-        print(wrapped(f"data, disk, other: what the main thread waited for; {folder / ENVIRONMENT_FILE} keeps this"))
-    for path in (path for stage in found for path in stage.outputs):
-        if path.parent == folder and path.suffix in (".csv", ".html"):
-            print(path)
 
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:

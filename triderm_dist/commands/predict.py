@@ -43,6 +43,7 @@ from triderm_dist.settings import PathText
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
+    from triderm_dist.ensemble.artifact import Ensemble
     from triderm_dist.inference.chunks import PredictionJob
     from triderm_dist.inference.table import ReadInput
 
@@ -105,18 +106,10 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.ensemble.artifact import Ensemble
     from triderm_dist.ensemble.fitted_stacker import FittedStacker
     from triderm_dist.ensemble.predict import check_task, write_test_results
-    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED, STACK_FILE, STACKER
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
 
-    if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
-        raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
-    if config.results != config.folder:
-        raise ConfigError("output: without input the test set of the run is predicted, into its own folder; remove it")
-    if not config.data.test_shards and not Path(config.test_shards).exists():
-        raise ConfigError(
-            f"run={config.folder}: has no packed test set ({config.test_shards}); name new photos by input, or a "
-            "packed set by data.test_shards"
-        )
+    _check_test_set(config)
     ensemble = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
     wanted = config.ensemble.members if ensemble is None else ensemble.members
     members = [name for name in config.models if wanted is None or name in wanted]
@@ -135,10 +128,32 @@ def predict_test_set(config: PredictRun) -> None:
     if ensemble is None or not is_main():
         return
     files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]
-    refitted = config.networks == "refit"
-    folder = config.folder / "refit" if refitted else config.folder
+    folder = config.folder / "refit" if config.networks == "refit" else config.folder
     for path in write_test_results(config.folder, files, folder):
         print(wrapped(f"wrote {path}"))
+    _print_networks(config, ensemble)
+    if truth is not None:
+        _score(config, truth, folder)
+
+
+def _check_test_set(config: PredictRun) -> None:
+    """Raise ConfigError for settings of predictions of an input, and for a run without a packed test set."""
+    if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
+        raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
+    if config.results != config.folder:
+        raise ConfigError("output: without input the test set of the run is predicted, into its own folder; remove it")
+    if not config.data.test_shards and not Path(config.test_shards).exists():
+        raise ConfigError(
+            f"run={config.folder}: has no packed test set ({config.test_shards}); name new photos by input, or a "
+            "packed set by data.test_shards"
+        )
+
+
+def _print_networks(config: PredictRun, ensemble: Ensemble) -> None:
+    """Print what predicted, and what it was fitted on."""
+    from triderm_dist.ensemble.run_files import FITTED
+
+    refitted = config.networks == "refit"
     networks = "refitted networks" if refitted else f"{config.data.folds} folds averaged"
     if ensemble.weighting in ensemble.members:
         print(wrapped(f"predicted by {ensemble.weighting}; {networks}"))
@@ -148,8 +163,6 @@ def predict_test_set(config: PredictRun) -> None:
     if refitted:
         fitted = "stacker, weights and thresholds are those fitted on the folds"
         print(wrapped(f"{fitted}, and so is the estimate in ensemble.json"))
-    if truth is not None:
-        _score(config, truth, folder)
 
 
 def _score(config: PredictRun, truth: Mapping[str, int], folder: Path) -> None:
