@@ -56,7 +56,7 @@ def expected_heads(names: Collection[str] = ()) -> dict[str, list[str]]:
 def _head(name: str, device: str) -> list[str]:
     from triderm_dist.doctor.advice import canvas_of
     from triderm_dist.monitoring.expectation import expect
-    from triderm_dist.monitoring.flops import Budget, named_peak, training_flops
+    from triderm_dist.monitoring.flops import TrainingCompute, named_peak, training_flops
     from triderm_dist.monitoring.memory_estimate import bare_network
     from triderm_dist.tasks import milk10k_task
 
@@ -65,8 +65,8 @@ def _head(name: str, device: str) -> list[str]:
     lines = []
     for model_name, model in experiment.models.items():
         network, _ = bare_network(model, milk10k_task().signature(CONCEPTS))
-        budget = Budget(training_flops(network), peak, 1, "data sheet")
-        found = expect(network, model.train, budget, True, canvas=canvas_of(experiment.data))
+        compute = TrainingCompute(training_flops(network), peak, 1, "data sheet")
+        found = expect(network, model.train, compute, True, canvas=canvas_of(experiment.data))
         lines.append(f"{HEAD} of {model_name} on one {device.removeprefix('NVIDIA ')}: {found}.")
     return lines
 

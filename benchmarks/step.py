@@ -102,7 +102,7 @@ class Size:
 def main(config: StepBenchmark) -> None:
     import torch
 
-    from triderm_dist.monitoring.flops import budget
+    from triderm_dist.monitoring.flops import training_compute
     from triderm_dist.monitoring.startup_report import device_name
 
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -116,7 +116,7 @@ def main(config: StepBenchmark) -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        compute = budget(our_network(size, folder).to(device), device, 1)
+        compute = training_compute(our_network(size, folder).to(device), device, 1)
         times = time_steps(contestants(size, device, folder), config.rounds, config.steps or (10 if gpu else 1), device)
     median = {contestant: statistics.median(values) for contestant, values in times.items()}
     print(f"{size} on {device_name(device)}: {config.rounds} rounds, alternating")

@@ -6,20 +6,20 @@ from benchmarks.expected import HEAD, expected_heads
 from tests.monitoring.test_memory_estimate import model, network_of
 from triderm_dist.config import TrainConfig, find_file
 from triderm_dist.monitoring.expectation import MFU, MFU_OF_CONVOLUTIONS, Expectation, expect
-from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.flops import TrainingCompute
 from triderm_dist.monitoring.memory_estimate import MemoryEstimate
 
 
 def test_expectation_follows_from_memory_flops_and_pixels() -> None:
     network, train = network_of(model()), TrainConfig(global_batch=8, micro_batch=8)
-    budget = Budget(2e9, 100e12, 2, "as set")
-    found = expect(network, train, budget, True, "ddp", (384, 288))
+    compute = TrainingCompute(2e9, 100e12, 2, "as set")
+    found = expect(network, train, compute, True, "ddp", (384, 288))
     memory = MemoryEstimate(network, train, True, 2, "ddp", (384, 288)).total(8)
     assert found.memory * 2**30 == pytest.approx(memory)
     assert found.mfu == MFU and found.lesions_per_s == pytest.approx(2 * MFU * 100e12 / 2e9)
     assert found.cores == pytest.approx(2 * found.lesions_per_s / 3750)
     cnn = network_of(model(kind="dual_cnn", tower={"source": "timm:resnet10t"}))
-    without_photos = expect(cnn, train, budget, True)
+    without_photos = expect(cnn, train, compute, True)
     assert (without_photos.mfu, without_photos.cores) == (MFU_OF_CONVOLUTIONS, 0)
     assert "decode" in str(found) and "decode" not in str(without_photos)
 

@@ -10,7 +10,7 @@ from triderm_dist.models.concepts import NumericTokens
 from triderm_dist.models.fusion import CrossAttention
 from triderm_dist.models.network import ViewTokens
 from triderm_dist.models.towers import TokenShape
-from triderm_dist.monitoring.flops import Budget, budget, named_peak, training_flops
+from triderm_dist.monitoring.flops import TrainingCompute, named_peak, training_compute, training_flops
 from triderm_dist.tasks import milk10k_task
 
 SIGNATURE = milk10k_task().signature(tuple("abcde"))
@@ -122,8 +122,8 @@ def test_peak_flops_by_device_name(name, tflops):
 
 
 def test_mfu_covers_all_devices():
-    assert Budget(flops=2e9, peak=1e12, devices=4, source="").mfu(lesions_per_s=1000) == 0.5
+    assert TrainingCompute(flops=2e9, peak=1e12, devices=4, source="").mfu(lesions_per_s=1000) == 0.5
     network, cpu = network_of(tower=TokenShape(9, 24)), torch.device("cpu")
-    assert budget(network, cpu, 1) is None
-    given = budget(network, cpu, 2, peak_tflops=0.5)
+    assert training_compute(network, cpu, 1) is None
+    given = training_compute(network, cpu, 2, peak_tflops=0.5)
     assert given and given.peak == 0.5e12 and given.flops == training_flops(network)

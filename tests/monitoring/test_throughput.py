@@ -7,7 +7,7 @@ import torch
 
 from triderm_dist.data.upload import DataWait
 from triderm_dist.monitoring import throughput
-from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.flops import TrainingCompute
 from triderm_dist.monitoring.throughput import ThroughputMeter
 
 
@@ -21,8 +21,8 @@ def test_speed_covers_the_last_interval_and_eta_the_whole_run(monkeypatch):
             clock.now += seconds
 
     wait_for_data(7.0)
-    budget = Budget(flops=1e9, peak=1e12, devices=1, source="")
-    meter = ThroughputMeter(10, total_steps=30, global_batch=8, device=torch.device("cpu"), budget=budget)
+    compute = TrainingCompute(flops=1e9, peak=1e12, devices=1, source="")
+    meter = ThroughputMeter(10, total_steps=30, global_batch=8, device=torch.device("cpu"), compute=compute)
     clock.now = 109.0  # 9 s before the first step
     meter.start(loader, 10)
     wait_for_data(0.25)

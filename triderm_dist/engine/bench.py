@@ -33,7 +33,7 @@ from triderm_dist.environment import describe_commit
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.models.network import Network
-from triderm_dist.monitoring.flops import budget
+from triderm_dist.monitoring.flops import training_compute
 from triderm_dist.monitoring.startup_report import device_name
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.optim import build_optimizer
@@ -71,7 +71,7 @@ def measure(
     """
     config = model.train
     check_supported(accelerator, config)
-    flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
+    compute = training_compute(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
     graphed, _ = choose_graph(accelerator, config, model.kind)
     wrapped, train_step, guard = _build(model, network, loaders, accelerator, graphed)
     loader = _endless_loader(config, loaders, accelerator, seed)
@@ -91,7 +91,7 @@ def measure(
         run(warm_up)
         fitting = round(seconds / (run(PROBE) / PROBE))
         total = _all_reduce_max(min(max(PROBE, fitting), MAX_STEPS - warm_up - PROBE), accelerator.device)
-        meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, flops)
+        meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, compute)
         meter.start(loader, 0)
         elapsed = run(total)
         values = meter.read(loader, total)

@@ -38,7 +38,7 @@ from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
 from triderm_dist.models.tower import tensors_hash
 from triderm_dist.monitoring.expectation import Expectation, expect
-from triderm_dist.monitoring.flops import Budget, budget
+from triderm_dist.monitoring.flops import TrainingCompute, training_compute
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import LesionCounts, format_report
 from triderm_dist.monitoring.throughput import ThroughputMeter
@@ -132,11 +132,11 @@ class Trainer:
         execution, frozen = execution_settings(config, accelerator, network), on_main(partial(_frozen_hash, network))
         self.checkpoints = Checkpoints(folder.path, folder.resume_hashes, config.keep_last, execution, frozen)
         saved = self._load_newest(network)
-        flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
+        compute = training_compute(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
-        self.expectation = None if display.brief else self._expect(network, flops)
+        self.expectation = None if display.brief else self._expect(network, compute)
         report = format_report(
-            display.title(name), accelerator, config, network, data.counts(), epoch_steps, flops,
+            display.title(name), accelerator, config, network, data.counts(), epoch_steps, compute,
             start=saved.state.step if saved else 0, brief=display.brief, why_precision=why_precision,
             why_no_graph="" if graphed else why_graph, expectation=self.expectation,
         )  # fmt: skip
@@ -147,15 +147,15 @@ class Trainer:
         self.step = build_step(accelerator, self.wrapped, prepared, optimizer, self.loss, config, self.guard, graphed)
         state, total = self.training.state, sum(epoch_steps)
         self._speed: tuple[float, float] | None = None  # GiB and lesions/s at the last log line
-        self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, flops)
-        self.tracker = self._build_tracker(display, total, has_flops=flops is not None)
+        self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, compute)
+        self.tracker = self._build_tracker(display, total, has_flops=compute is not None)
 
-    def _expect(self, network: Network, flops: Budget | None) -> Expectation | None:
+    def _expect(self, network: Network, compute: TrainingCompute | None) -> Expectation | None:
         """Return the speed and memory to expect on a GPU; None on a CPU, or where the FLOPs are not known."""
-        if flops is None or self.accelerator.device.type != "cuda":
+        if compute is None or self.accelerator.device.type != "cuda":
             return None
         half, strategy = self.accelerator.mixed_precision != "no", strategy_of(self.accelerator)
-        return expect(network, self.config, flops, half, strategy, self.data.loaders.index.canvas)
+        return expect(network, self.config, compute, half, strategy, self.data.loaders.index.canvas)
 
     def _wrap(
         self, network: Network, saved: Checkpoint | None, graphed: bool

@@ -10,7 +10,7 @@ from torch import nn
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.parallel import Strategy
 from triderm_dist.models.network import Network
-from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.flops import TrainingCompute
 from triderm_dist.monitoring.memory_estimate import MemoryEstimate
 from triderm_dist.monitoring.throughput import GIB
 
@@ -53,19 +53,19 @@ class Expectation:
 def expect(
     network: Network,
     config: TrainConfig,
-    budget: Budget,
+    compute: TrainingCompute,
     half: bool,
     strategy: Strategy = "single",
     canvas: tuple[int, int] | None = None,
 ) -> Expectation:
-    """Estimate the need of a training on the devices of a budget. Takes some seconds.
+    """Estimate the need of a training on the devices of `compute`. Takes some seconds.
 
     network: before it is wrapped.  half: under autocast to 16 bits.  canvas: width and height of the photos in the
     shards.
     """
-    memory = MemoryEstimate(network, config, half, budget.devices, strategy, canvas).total(config.micro_batch)
+    memory = MemoryEstimate(network, config, half, compute.devices, strategy, canvas).total(config.micro_batch)
     mfu = assumed_mfu(network)
-    rate = mfu * budget.peak * budget.devices / budget.flops
+    rate = mfu * compute.peak * compute.devices / compute.flops
     reads_photos = canvas and network.holds_towers
     pixels = len(network.signature.views) * math.prod(canvas) if canvas and reads_photos else 0
     return Expectation(memory / GIB, rate, mfu, rate * pixels / PIXELS_PER_SECOND)

@@ -40,8 +40,8 @@ the full device name, so that laptop, cut-down and partitioned (MIG) devices do 
 
 
 @dataclass(frozen=True)
-class Budget:
-    """FLOPs of a training and the peak of its devices.
+class TrainingCompute:
+    """FLOPs of a training and the peak of its devices, the two sides of MFU.
 
     flops: per lesion in training.  peak: FLOP/s of one device.  source: of the peak, for messages.
     """
@@ -59,12 +59,14 @@ class Budget:
         return f"{self.flops / 1e9:,.1f} GFLOP per lesion; MFU of {self.peak / 1e12:,.0f} TFLOP/s ({self.source})"
 
 
-def budget(network: Network, device: torch.device, devices: int, peak_tflops: float | None = None) -> Budget | None:
-    """Return the budget of a bare network, or None if the device's peak is unknown and none is given."""
+def training_compute(
+    network: Network, device: torch.device, devices: int, peak_tflops: float | None = None
+) -> TrainingCompute | None:
+    """Return the compute of a bare network; None if the peak of the device is unknown and none is given."""
     if peak_tflops is not None:
-        return Budget(training_flops(network), peak_tflops * 1e12, devices, "as set")
+        return TrainingCompute(training_flops(network), peak_tflops * 1e12, devices, "as set")
     peak = peak_flops(device)
-    return None if peak is None else Budget(training_flops(network), peak, devices, "dense half precision")
+    return None if peak is None else TrainingCompute(training_flops(network), peak, devices, "dense half precision")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -84,8 +86,7 @@ def training_flops(network: Network, backward: bool = True) -> float:
 
     Runs one forward and backward pass on fake tensors, which have shapes but no memory; without `backward` only the
     forward pass. Frozen blocks count their forward pass only. Attention counts as unfused, with 4 matrix products in
-    the
-    backward pass: recomputation by a fused kernel or activation checkpointing is not credited. Call it on the bare
+    the backward pass: recomputation by a fused kernel or activation checkpointing is not credited. Call it on the bare
     network, before it is wrapped, compiled or sharded.
     """
     lesions = 2

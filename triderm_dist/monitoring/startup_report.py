@@ -14,7 +14,7 @@ from triderm_dist.environment import cpu_model
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
 from triderm_dist.monitoring.expectation import Expectation
-from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.flops import TrainingCompute
 from triderm_dist.runtime.terminal import counted, wrapped
 
 
@@ -33,7 +33,7 @@ def format_report(
     network: Network,
     lesions: LesionCounts,
     steps: Sequence[int],
-    budget: Budget | None,
+    compute: TrainingCompute | None,
     *,
     start: int = 0,
     brief: bool = False,
@@ -67,7 +67,7 @@ def format_report(
         **differing,
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",
-        "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
+        "speed": "MFU unavailable: " + _no_peak(accelerator.device) if compute is None else str(compute),
         "expected": str(expectation) if expectation else "",
         "off": "; ".join(_off(accelerator, config, why_no_graph)),
         "left out": _left_out(network),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from triderm_dist.data.loader import Loader
-from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.flops import TrainingCompute
 
 GIB = 2**30
 
@@ -17,13 +17,18 @@ GIB = 2**30
 class ThroughputMeter:
     """Measures the speed between log lines, and the ETA from the mean speed since the start.
 
-    budget: FLOPs per lesion and peak of the devices, for MFU; None if the peak is unknown.
+    compute: FLOPs per lesion and peak of the devices, for MFU; None if the peak is unknown.
     """
 
     def __init__(
-        self, step: int, total_steps: int, global_batch: int, device: torch.device, budget: Budget | None = None
+        self,
+        step: int,
+        total_steps: int,
+        global_batch: int,
+        device: torch.device,
+        compute: TrainingCompute | None = None,
     ) -> None:
-        self.total_steps, self.global_batch, self.device, self.budget = total_steps, global_batch, device, budget
+        self.total_steps, self.global_batch, self.device, self.compute = total_steps, global_batch, device, compute
         self._first_step, self._started = step, time.perf_counter()
 
     def start(self, loader: Loader, step: int) -> None:
@@ -48,7 +53,7 @@ class ThroughputMeter:
         left = (now - self._started) / (step - self._first_step) * (self.total_steps - step)
         self.start(loader, step)
         values = {"lesions_per_s": lesions_per_s, "data_wait": data_wait, "memory_gib": memory, "seconds_left": left}
-        return values if self.budget is None else {**values, "mfu": self.budget.mfu(lesions_per_s)}
+        return values if self.compute is None else {**values, "mfu": self.compute.mfu(lesions_per_s)}
 
 
 def peak_memory(device: torch.device) -> float:
