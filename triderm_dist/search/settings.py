@@ -100,6 +100,12 @@ def trial_name(number: int, seed: int = 0) -> str:
     return f"trial-{number:03d}" + (f"-seed-{seed}" if seed else "")
 
 
+def parse_trial_name(name: str) -> tuple[int, int]:
+    """Return the number and the seed of a `trial_name`."""
+    number, _, seed = name.removeprefix("trial-").partition("-seed-")
+    return int(number), int(seed or 0)
+
+
 def read_search(output: Path) -> SearchRun:
     """Read the search in a run folder. Raises DataError if there is none."""
     record = output / "search" / "search.yaml"

@@ -23,7 +23,7 @@ from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.search import pbt
 from triderm_dist.search.results import format_settings
-from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
+from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, parse_trial_name, trial_name
 from triderm_dist.search.space import Space, own_settings, rounded
 from triderm_dist.search.trial import State, Trial, last_checkpoint, read_trial, run_trial
 
@@ -163,10 +163,7 @@ def _trainable(run: SearchRun, needs: Needs, settings_of: Callable[[int, Mapping
     working_directory, epochs = os.getcwd(), run.epochs
 
     def trainable(sampled: dict[str, Any]) -> None:
-        name = Path(tune.get_context().get_trial_dir()).name
-        found = re.match(r"trial-(\d+)(?:-seed-(\d+))?", name)
-        assert found, name
-        number, seed = int(found[1]), int(found[2] or 0)
+        number, seed = parse_trial_name(Path(tune.get_context().get_trial_dir()).name)
         trial = Trial(number, settings_of(number, sampled), seed)
         folder = root / trial_name(number, seed)
 
@@ -323,8 +320,8 @@ def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, e
             folder = root / name_of(trial)
             known = read_trial(folder)
             if known is None:  # it ended before it wrote its file
-                number, _, seed = folder.name.removeprefix("trial-").partition("-seed-")
-                known = Trial(int(number), dict(trial.config), int(seed or 0))
+                number, seed = parse_trial_name(folder.name)
+                known = Trial(number, dict(trial.config), seed)
             if known.state == "running":
                 known = replace(known, state=state, error=error)
                 known.write(folder)
