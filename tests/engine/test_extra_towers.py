@@ -22,8 +22,8 @@ from triderm_dist.engine.network_files import load_weights, read_info, read_weig
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
 from triderm_dist.engine.views import open_views
+from triderm_dist.inference.exported_files import write_network
 from triderm_dist.inference.exported_network import ExportedNetwork
-from triderm_dist.inference.network_files import write_network
 from triderm_dist.inference.networks import FrozenTower
 from triderm_dist.models import build_network
 from triderm_dist.models.joined_tower import JoinedTower

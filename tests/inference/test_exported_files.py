@@ -12,8 +12,8 @@ import torch
 from tests.inference.small_tower import SIZE, SMALL_TOWER
 from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
+from triderm_dist.inference.exported_files import SUFFIXES, check_installed, largest_difference, write_network
 from triderm_dist.inference.exported_network import CONCEPTS, METADATA, PRESENT, ExportedNetwork, describe
-from triderm_dist.inference.network_files import SUFFIXES, check_installed, largest_difference, write_network
 from triderm_dist.inference.networks import FrozenTower
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.towers import TOWER_SOURCES

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.data.token_source import TokenSource
@@ -18,6 +18,11 @@ from triderm_dist.engine.views import open_views
 from triderm_dist.models.tower_record import FOLDER, find_tower
 
 
+def frozen_model(model: ModelConfig) -> ModelConfig:
+    """Return the settings of a model whose own tower is frozen, and read alone: the one that embeddings are from."""
+    return model.model_copy(update={"extra_towers": (), "tower": model.tower.model_copy(update={"frozen": True})})
+
+
 @interrupt_on_lost_rank()
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
     """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
@@ -27,9 +32,9 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     """
     check_task(experiment, index)
     model = model_config(experiment, name)
-    frozen = model.model_copy(update={"extra_towers": (), "tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
     recorded = on_main(partial(find_tower, experiment.folder / FOLDER, model.tower, True))
+    frozen = frozen_model(model)
     views = open_views(experiment, frozen, index, accelerator, train=False, recorded=recorded, save_record=True)
     source = views.loaders.source
     assert isinstance(source, TokenSource) and isinstance(source.cache, TokenCache)

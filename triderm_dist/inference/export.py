@@ -13,8 +13,8 @@ from triderm_dist.config import Networks
 from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
 from triderm_dist.files import file_sha256, size_text, write_json
+from triderm_dist.inference.exported_files import BATCHES, SUFFIXES, check_installed, versions, write_network
 from triderm_dist.inference.exported_network import ExportedNetwork, describe
-from triderm_dist.inference.network_files import BATCHES, SUFFIXES, check_installed, versions, write_network
 from triderm_dist.inference.networks import NetworkLoader, Preprocessing
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
 from triderm_dist.inference.slim_run import safe_name, write_hub_card, write_slim_run, write_zip

@@ -30,7 +30,7 @@ BATCH = "batch"
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 """Ending of a network's file by format."""
 
-Run = Callable[[Sequence[torch.Tensor]], Sequence[np.ndarray]]
+NetworkFunction = Callable[[Sequence[torch.Tensor]], Sequence[np.ndarray]]
 """A function from a network's inputs to its outputs."""
 
 
@@ -69,7 +69,7 @@ def write_network(path: Path, network: ExportedNetwork, kind: str) -> float:
     return largest
 
 
-def largest_difference(run: Run, network: ExportedNetwork) -> float:
+def largest_difference(run: NetworkFunction, network: ExportedNetwork) -> float:
     """Return the largest |a - b| / max(1, |b|) of a file's outputs a and PyTorch's b over `BATCHES` random lesions."""
     largest = 0.0
     for lesions in BATCHES:
@@ -98,7 +98,7 @@ def _write_program(path: Path, network: ExportedNetwork) -> None:
         path.write_bytes(content.getbuffer())
 
 
-def _read_program(path: Path) -> Run:
+def _read_program(path: Path) -> NetworkFunction:
     module = torch.export.load(path).module()
 
     def run(inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -119,7 +119,7 @@ def _write_onnx(path: Path, network: ExportedNetwork) -> None:
         program.save(path)
 
 
-def _read_onnx(path: Path) -> Run:
+def _read_onnx(path: Path) -> NetworkFunction:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

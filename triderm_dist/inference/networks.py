@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from triderm_dist.config import AugmentConfig, Frame, ModelConfig
 from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
+from triderm_dist.engine.embed import frozen_model
 from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.network_files import load_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
@@ -156,13 +157,7 @@ class NetworkLoader:
         stacker = self.run.fitted.stacker
         if stacker is None or stacker.extra != "embeddings":
             return None
-        path = embeddings_path(self.run.path, "train")
-        source = read_embeddings(path, [])[1]
-        models = [model for model in self.run.experiment.models.values() if model.tower.source == source]
-        if not models:
-            raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
-        config = models[0].model_copy(update={"tower": models[0].tower.model_copy(update={"frozen": True})})
-        tower, frozen = self.tower(config, find_tower(self.run.path / FOLDER, config.tower, True))
+        tower, frozen = self.tower(*embedding_model(self.run))
         assert frozen is not None
         return Embedding(self._prepare(frozen), Preprocessing.of(tower))
 
@@ -197,6 +192,20 @@ class NetworkLoader:
     def _prepare(self, module: ModuleType) -> ModuleType:
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.eval().requires_grad_(False)
+
+
+def embedding_model(run: RunFolder) -> tuple[ModelConfig, TowerRecord | None]:
+    """Return the settings of the model whose frozen tower computes the embeddings of a run, and the tower's record, if
+    the run has one.
+
+    Raises DataError if no model of the run has that tower.
+    """
+    path = embeddings_path(run.path, "train")
+    source = read_embeddings(path, [])[1]
+    model = next((model for model in run.experiment.models.values() if model.tower.source == source), None)
+    if model is None:
+        raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
+    return frozen_model(model), find_tower(run.path / FOLDER, model.tower, True)
 
 
 def split_common(networks: Sequence[Network], views: Sequence[str]) -> dict[str, nn.Module]:

@@ -12,8 +12,8 @@ class Prediction:
 
     probabilities: by diagnosis.  diagnosis: the predicted one; where the rule of the task may predict several or
     none, a tuple.  decisions: by diagnosis, whether it is predicted.  members: probabilities of every network
-    (calibrated, mean over its folds) and of the stacker, by name.  warnings: what makes the answer less certain than
-    those that the run was measured on, one line each.
+    (calibrated, mean over its folds) and of the stacker, by name.  warnings: what makes it less certain than the
+    predictions that the run was scored on, one line each.
     """
 
     lesion_id: str

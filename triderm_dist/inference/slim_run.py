@@ -27,6 +27,7 @@ from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, NEST
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.environment import ENVIRONMENT_FILE
 from triderm_dist.files import atomic_path, copy_file, file_sha256, write_text
+from triderm_dist.inference.networks import embedding_model
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen, write_seen
 from triderm_dist.models import tower_record
@@ -102,16 +103,10 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
 
 def _write_embedding(run: RunFolder, folder: Path) -> None:
     """Write the tower whose embeddings the stacker reads, and its name in a table of no lesions."""
-    path, models = embeddings_path(run.path, "train"), run.experiment.models
-    values, source = read_embeddings(path, [])
+    values, source = read_embeddings(embeddings_path(run.path, "train"), [])
     write_embeddings(embeddings_path(folder, "train"), [], values, source)
-    model = next((model for model in models.values() if model.tower.source == source), None)
-    if model is None:
-        raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
-    frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     with torch.random.fork_rng(devices=[]):
-        recorded = tower_record.find_tower(run.path / tower_record.FOLDER, model.tower, True)
-        save_tower(folder / tower_record.FOLDER, *open_tower(run.experiment, frozen, recorded))
+        save_tower(folder / tower_record.FOLDER, *open_tower(run.experiment, *embedding_model(run)))
 
 
 def _write_settings(run: Experiment, folder: Path) -> None:
