@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,17 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import write_table
+from tests.conftest import draw_photo, write_challenge, write_table
 from tests.processes import launch
 from tests.trained_run import TrainedRun
 from triderm_dist.commands.predict import PredictRun, main
 from triderm_dist.commands.refit import RefitRun
 from triderm_dist.commands.refit import main as refit
 from triderm_dist.config import load
-from triderm_dist.schema import ConfigError, DataError, InputError
+from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.ensemble.run_files import read_held_out
+from triderm_dist.schema import VIEWS, ConfigError, DataError, InputError
 from triderm_dist.submission import read_submission
 
 
@@ -188,3 +192,23 @@ def test_ranks_share_the_lesions_and_give_the_same_bytes(trained_run, tmp_path):
     failed = launch(*words, ranks=2, config="ddp", check=False)
     assert failed.returncode == 2 and f"{photo.name}: unreadable photo" in failed.stderr
     assert not (tmp_path / "three").exists()
+
+
+def test_test_lesions_with_photos_of_the_training_set_are_counted(trained_run, tmp_path, capsys):
+    """Under other ids and of other patients: 3 of 7, each with one or both photos of a training lesion."""
+    own = read_challenge(write_challenge(tmp_path / "own", 44).folder)
+    lesions = [replace(each, lesion_id=f"T{row}", group=f"T{row}") for row, each in enumerate(own.lesions)][:8]
+    for row, lesion in enumerate(lesions[3:], start=3):
+        files = {view: str(tmp_path / f"{row}-{view}.jpg") for view in VIEWS}
+        for number, path in enumerate(files.values()):
+            draw_photo(1000 + 2 * row + number, (48, 36)).save(path, quality=90)
+        lesions[row] = replace(lesion, images=files)
+    lesions[2] = replace(lesions[2], images={**lesions[3].images, "clinical": lesions[2].images["clinical"]})
+    pack_shards(replace(own, lesions=lesions[:3] + lesions[4:]), tmp_path / "packed", short_side=None)
+    run = replace(trained_run, folder=Path(shutil.copytree(trained_run.folder, tmp_path / "run")))
+    predict(run, f"data.test_shards={tmp_path / 'packed'}", "predict.transforms=1")
+    said = "3 of 7 test lesions have the id, the group or a photo of a training lesion"
+    assert said in printed(capsys) and read_held_out(run.folder)["in_training"] == 3
+    (run.folder / "shards" / "train" / "samples.parquet").unlink()
+    predict(run, f"data.test_shards={tmp_path / 'packed'}", "predict.transforms=1")
+    assert "note: photos are not compared with those of the training set: " in printed(capsys)

@@ -12,7 +12,16 @@ from PIL import Image, ImageEnhance
 
 from tests.conftest import draw_photo
 from tests.union_sets import main_set, other_set, row_of
-from triderm_dist.data.overlap import SIMILAR, Shared, Thumbnails, edges, find_shared, thumbnail
+from triderm_dist.data import overlap
+from triderm_dist.data.overlap import (
+    SIMILAR,
+    Shared,
+    Thumbnails,
+    edges,
+    find_shared,
+    rows_with_equal_photo,
+    thumbnail,
+)
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards
@@ -90,6 +99,23 @@ def test_shared_photos_are_found_among_all_views(copied, tmp_path):
     assert main.lesion_ids[found["B"].main_row] == "L003" and SIMILAR <= found["B"].similarity < 1
     only = find_shared(*thumbnails, np.array([row_of(extra, "B"), row_of(extra, "C")]), CPU)
     assert [extra.lesion_ids[shared.row] for shared in only] == ["B"]
+
+
+def test_equal_photos_are_found_by_reading_few(copied, monkeypatch):
+    main, extra = copied
+    found = [extra.lesion_ids[row] for row in rows_with_equal_photo(extra, main)]
+    assert found == ["A"] and rows_with_equal_photo(main, extra).tolist() == [row_of(main, "L005")]
+    assert rows_with_equal_photo(main, main).tolist() == list(range(len(main)))
+    # Of the same size and with the same first bytes.
+    monkeypatch.setattr(overlap, "PROBE", 500)
+    row = row_of(main, "L005")
+    path, last = main.path(int(main.shard[row])), int(main.offsets[row, 1] + main.sizes[row, 1]) - 3
+    data = bytearray(path.read_bytes())
+    data[last] ^= 1
+    path.write_bytes(bytes(data))
+    assert main.sizes[row, 1] > 1000 and rows_with_equal_photo(extra, main).tolist() == []
+    monkeypatch.setattr(overlap, "MOST_READ", 2)
+    assert rows_with_equal_photo(main, main).tolist() == []
 
 
 def test_a_set_shares_all_photos_with_itself_and_none_with_another(tmp_path):

@@ -223,6 +223,8 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     ids[:2], groups[1:4] = ["test-0003", "test-0004"], ["test-0004", "test-0005", "test-0006"]
     write_oof(folder / "oof.parquet", replace(table, lesion_ids=ids, groups=groups))
     assert score(folder, truth, partial=True)["in_training"] == 3  # test-0003 has no truth
+    photos = ["test-0006", "test-0009"]  # the first has the group of a training lesion, too
+    assert score(folder, truth, partial=True, with_trained_photo=photos)["in_training"] == 4
     assert not list(folder.glob("*submission*"))
 
 

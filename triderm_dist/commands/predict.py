@@ -25,7 +25,7 @@ the run then go into RUN/refit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -38,7 +38,7 @@ from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
 from triderm_dist.environment import record_data
 from triderm_dist.files import resolve_dots
 from triderm_dist.runtime.terminal import counted, wrapped
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.settings import PathText
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def predict_test_set(config: PredictRun) -> None:
         print(wrapped(f"wrote {path}"))
     _print_networks(config, ensemble)
     if truth is not None:
-        _score(config, truth, folder)
+        _score(config, truth, folder, _with_trained_photo(config, index))
 
 
 def _check_test_set(config: PredictRun) -> None:
@@ -165,15 +165,35 @@ def _print_networks(config: PredictRun, ensemble: Ensemble) -> None:
         print(wrapped(f"{fitted}, and so is the estimate in ensemble.json"))
 
 
-def _score(config: PredictRun, truth: Mapping[str, int], folder: Path) -> None:
-    """Score the results in a folder, print the score and send it to the trackers. truth: {lesion id: label}."""
+def _with_trained_photo(config: PredictRun, index: ShardIndex) -> list[str]:
+    """Return the lesions of the test set with a photo of the training set; none where that is not there any more."""
+    from triderm_dist.data.overlap import rows_with_equal_photo
+    from triderm_dist.data.shards.open import is_url, open_index
+
+    if is_url(config.train_shards) or not Path(config.train_shards).exists():
+        return []
+    try:
+        training = open_index(config.train_shards, config.data.remote)
+        return index.lesion_ids[rows_with_equal_photo(index, training)].tolist()
+    except DataError as error:
+        print(wrapped(f"note: photos are not compared with those of the training set: {error}"))
+        return []
+
+
+def _score(
+    config: PredictRun, truth: Mapping[str, int], folder: Path, with_trained_photo: Collection[str] = ()
+) -> None:
+    """Score the results in a folder, print the score and send it to the trackers.
+
+    truth: {lesion id: label}.  with_trained_photo: see `score`.
+    """
     from triderm_dist.ensemble.artifact import read_task
     from triderm_dist.ensemble.predict import score
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, in_training
     from triderm_dist.monitoring.tracking import log_scores
 
     partial = config.data.test_truth is None
-    result = score(config.folder, truth, partial, folder)
+    result = score(config.folder, truth, partial, folder, with_trained_photo)
     task = read_task(config.folder / ENSEMBLE_FILE)
     low, high = result["interval"]
     if result["absent"]:

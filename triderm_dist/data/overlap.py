@@ -8,8 +8,10 @@ docs/benchmarks.md has the measurement behind the threshold.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,10 @@ import torch
 from PIL import Image
 
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.join import PROBE
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
+from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import VIEWS, DataError
@@ -33,6 +37,8 @@ CHUNK = 1024
 """Lesions per file."""
 BLOCK = 4096
 """Photos of one set that are compared at a time."""
+MOST_READ = 100_000
+"""Photos that `rows_with_equal_photo` reads at most: seconds on a local disk."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,44 @@ def find_shared(extra: Thumbnails, main: Thumbnails, rows: np.ndarray, device: t
         if known is None or (known.similarity is not None and known.similarity < similarity):
             found[shared.row] = shared
     return [found[row] for row in sorted(found)]
+
+
+def rows_with_equal_photo(index: ShardIndex, other: ShardIndex) -> np.ndarray:
+    """Return the rows (n,) of a packed set with a photo whose bytes are those of a photo of another set.
+
+    An index holds no hashes of photos, but their sizes: the first bytes are read where a size occurs in both sets, and
+    all bytes where these are equal. Returns no rows for a set behind a URL, whose shards would have to be fetched, and
+    where more than `MOST_READ` photos would be read.
+    """
+    sets = index, other
+    if index.remote or other.remote:
+        return np.empty(0, np.int64)
+    common = np.intersect1d(index.sizes, other.sizes)
+    equal = [np.isin(each.sizes, common[common > 0]) for each in sets]
+    if sum(int(mask.sum()) for mask in equal) > MOST_READ:
+        return np.empty(0, np.int64)
+    for most in (PROBE, None):
+        first, second = (_digests(each, mask, most) for each, mask in zip(sets, equal, strict=True))
+        common = np.intersect1d(first, second)
+        equal = [np.isin(each, common[common > 0]) for each in (first, second)]
+    return np.flatnonzero(equal[0].any(axis=1))
+
+
+def _digests(index: ShardIndex, chosen: np.ndarray, most: int | None) -> np.ndarray:
+    """Return digests (N, views) uint64 of the size and the first `most` bytes, None: all, of the chosen photos (N,
+    views) bool; 0 for the others.
+    """
+    result, shards = np.zeros(chosen.shape, np.uint64), FolderShards(index)
+
+    def digest(place: tuple[int, ...]) -> int:
+        size = int(index.sizes[place])
+        data = shards.read(int(index.shard[place[0]]), int(index.offsets[place]), min(size, most or size))
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=size.to_bytes(8)).digest()) or 1
+
+    with closing(shards):
+        for (row, view), value in map_in_order(digest, map(tuple, np.argwhere(chosen).tolist()), available_cores()):
+            result[row, view] = value
+    return result
 
 
 def _same_files(digests: np.ndarray, rows: np.ndarray, main: np.ndarray) -> Iterator[tuple[int, int]]:

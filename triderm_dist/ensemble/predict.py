@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,15 +90,19 @@ def write_test_results(run_folder: Path, test_files: Sequence[Path], folder: Pat
 
 
 def score(
-    run_folder: Path, truth: Mapping[str, int], partial: bool = False, folder: Path | None = None
+    run_folder: Path,
+    truth: Mapping[str, int],
+    partial: bool = False,
+    folder: Path | None = None,
+    with_trained_photo: Collection[str] = (),
 ) -> dict[str, Any]:
     """Score results by macro F1 of their decisions against {lesion id: label}, and write heldout.json beside them.
 
     macro_f1 is over the diagnoses in the truth, which `diagnoses` counts. `absent` names the others: a challenge's
     scorer has no score then. `in_training`, where there are any, counts the lesions whose id or group is that of a
-    lesion in oof.parquet, on which the networks were trained.
-    partial: score the lesions with a truth only. folder: of the results, by default RUN. Raises DataError if a
-    lesion of the results has no truth.
+    lesion in oof.parquet, on which the networks were trained, or which are among `with_trained_photo`.
+    partial: score the lesions with a truth only. folder: of the results, by default RUN. with_trained_photo: ids of
+    lesions with a photo of a training lesion. Raises DataError if a lesion of the results has no truth.
     """
     folder = folder or run_folder
     task = read_task(run_folder / ENSEMBLE_FILE)
@@ -115,6 +119,7 @@ def score(
         group_of.update(zip(rows["lesion_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
     groups = np.array([group_of[name] for name in ids], object)[known]
     names = np.array(ids, object)[known]
+    trained_ids.update(with_trained_photo)
     in_training = sum(name in trained_ids or group in trained_groups for name, group in zip(names, groups, strict=True))
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
     interval, classes = intervals.macro_f1(decisions, labels, groups), len(task.diagnoses)

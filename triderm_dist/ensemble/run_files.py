@@ -108,8 +108,8 @@ class _HeldOutKeys(BaseModel):
 def in_training(count: int, lesions: int) -> str:
     """Say that `count` of the `lesions` of a test set may have been trained on."""
     return (
-        f"{count:,} of {lesions:,} test lesions have the id or the group of a training lesion; where they are the same "
-        "lesions or patients, this score is too high"
+        f"{count:,} of {lesions:,} test lesions have the id, the group or a photo of a training lesion; where they are "
+        "the same lesions or patients, this score is too high"
     )
 
 
