@@ -5,7 +5,7 @@ python -m benchmarks.ablation run=RUN [parts=[view_alignment, soft_f1]] [seeds=3
 Trains the first tri-modal network of the settings unchanged, and once without each part, with each of several seeds on
 the same folds and frozen tokens, into RUN/ablation; finished folds are skipped. The score is the out-of-fold macro F1
 by the official rule with thresholds fitted on the other folds. The difference is full minus without, with the same
-seed; its interval is over lesions and seeds (`intervals.over_seeds`). The last line is one JSON object.
+seed; its interval is over lesions and seeds (`intervals.mean_over_seeds`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def print_scores(config: AblationRun, name: str, tables: dict[str, list[OofTable
         decisions[part] = [nested_decisions(p, table, config) for p, table in zip(probabilities, each, strict=True)]
         scores = [metrics.macro_f1(table, labels) for table in decisions[part]]
         argmax = np.mean([metrics.argmax_macro_f1(p, labels) for p in probabilities])
-        adds = intervals.over_seeds(
+        adds = intervals.mean_over_seeds(
             [
                 intervals.paired_difference(full, without, labels, groups, resamples, config.seed)
                 for full, without in zip(decisions[FULL], decisions[part], strict=True)

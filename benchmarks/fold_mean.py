@@ -159,7 +159,7 @@ def print_scores(decisions: dict[str, np.ndarray], table: OofTable, config: Fold
     print(f"{len(table)} lesions, {INNER_FOLDS} inner folds, {config.seeds} seeds; macro F1, 95% intervals")
     for name, by_seed in decisions.items():
         score = np.mean([metrics.macro_f1(one, table.labels) for one in by_seed])
-        gains[name] = intervals.over_seeds(
+        gains[name] = intervals.mean_over_seeds(
             [
                 intervals.paired_difference(one, mean, table.labels, table.groups, config.ensemble.bootstrap, seed)
                 for seed, (one, mean) in enumerate(zip(by_seed, decisions[MEAN], strict=True))

@@ -5,8 +5,8 @@ python -m benchmarks.ingredients --config FILE output=FOLDER [model=NAME] [parts
 Trains one model of the settings unchanged and with each ingredient, with each of several seeds on the same folds, into
 FOLDER; finished folds are skipped. Scores are out of fold: macro F1 by the official rule with thresholds fitted on the
 other folds, of all diagnoses and without the rarest one, by argmax, mean AUC and the negative log-likelihood. The
-difference is with minus without, for the same seed; its interval is over lesions and seeds (`intervals.over_seeds`).
-The last line is one JSON object.
+difference is with minus without, for the same seed; its interval is over lesions and seeds
+(`intervals.mean_over_seeds`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def print_scores(config: IngredientsRun, table: OofTable) -> None:
         loss = [
             metrics.negative_log_likelihood(p, labels, each) for p, each in zip(probabilities, decisions, strict=True)
         ]
-        gain = intervals.over_seeds(
+        gain = intervals.mean_over_seeds(
             [
                 intervals.paired_difference(one, other, labels, groups, resamples, config.seed)
                 for one, other in zip(decisions, plain, strict=True)

@@ -5,7 +5,7 @@ python -m benchmarks.modalities --config demo [seeds=3] [key.subkey=value ...]
 Needs data.test_truth; demo.yaml's comes with make demo. The networks go into the folder `modalities` next to `output`.
 Each is trained with several seeds on the same folds; the score is the held-out macro F1 by the official rule,
 thresholds fitted out of fold. The difference is all modalities minus the others, with the same seed; its interval is
-over lesions and seeds (`intervals.over_seeds`). The last line is one JSON object.
+over lesions and seeds (`intervals.mean_over_seeds`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def print_scores(config: ModalitiesRun, folders: dict[str, list[Path]]) -> None:
         labels = np.array([truth[lesion] for lesion in found[0][0]])
         decisions[label] = [each for _, each in found]
         scores = [metrics.macro_f1(table, labels) for table in decisions[label]]
-        difference = intervals.over_seeds(
+        difference = intervals.mean_over_seeds(
             [
                 intervals.paired_difference(full, without, labels, None, config.ensemble.bootstrap, config.seed)
                 for full, without in zip(decisions[ALL], decisions[label], strict=True)

@@ -141,8 +141,8 @@ def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) ->
         request.add_header("Range", f"bytes={have}-")
         if known.tag:
             request.add_header("If-Range", known.tag)  # the server sends all of a file that changed
-    with _opened(request, timeout) as answer:
-        start, remote = _announced(answer, url)
+    with _opened(request, timeout) as response:
+        start, remote = _announced(response, url)
         if start != have or (known and start and remote != known):
             if start:
                 raise _Restart("the file changed on the server")
@@ -150,7 +150,7 @@ def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) ->
         write_json(_description_file(part), asdict(remote))
         with part.open("r+b" if have else "wb") as file:
             file.seek(have)
-            for block in _blocks(answer):
+            for block in _blocks(response):
                 if have + len(block) > remote.length:
                     raise _Restart("the server sent more bytes than it announced")
                 file.write(block)
@@ -166,8 +166,8 @@ def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) ->
 def _opened(request: urllib.request.Request, timeout: float) -> Iterator[http.client.HTTPResponse]:
     url = request.full_url
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            yield answer
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            yield response
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
@@ -189,27 +189,27 @@ def _reason(error: object) -> str:
     return getattr(error, "strerror", None) or one_line(error)
 
 
-def _announced(answer: http.client.HTTPResponse, url: str) -> tuple[int, Remote]:
-    """Return (offset of the first byte sent, the complete file) from the headers of an answer."""
-    tag = answer.headers.get("ETag", "")
+def _announced(response: http.client.HTTPResponse, url: str) -> tuple[int, Remote]:
+    """Return (offset of the first byte sent, the complete file) from the headers of a response."""
+    tag = response.headers.get("ETag", "")
     # The tag of another server, or of a file encrypted with a managed key, is not the MD5 of the content.
-    from_s3 = "x-amz-request-id" in answer.headers and "kms" not in answer.headers.get(
+    from_s3 = "x-amz-request-id" in response.headers and "kms" not in response.headers.get(
         "x-amz-server-side-encryption", ""
     )
     md5 = tag.strip('"') if from_s3 and re.fullmatch(r'"[0-9a-f]{32}"', tag) else ""
-    if answer.status == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    if response.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if match:
             return int(match[1]), Remote(int(match[2]), tag, md5)
         raise DataError(f"{url}: the server sends a range without Content-Range; use another base_url=")
-    length = answer.headers.get("Content-Length", "")
+    length = response.headers.get("Content-Length", "")
     if not length.isdecimal():
         raise DataError(f"{url}: the server sends no Content-Length; use another base_url=")
     return 0, Remote(int(length), tag, md5)
 
 
-def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    while block := answer.read1(BLOCK):
+def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    while block := response.read1(BLOCK):
         yield block
 
 

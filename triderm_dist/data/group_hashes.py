@@ -256,7 +256,7 @@ def _notes(lesions: Iterable[tuple[str, str, int]], column: str | None) -> list[
     """Return a note on lesions, (id, group, lesions of the group), whose id holds that of their group."""
     first, count = "", 0
     for lesion, group, size in lesions:
-        if _names(lesion, group, size):
+        if _reveals_group(lesion, group, size):
             first, count = first or lesion, count + 1
     if not count:
         return []
@@ -266,7 +266,7 @@ def _notes(lesions: Iterable[tuple[str, str, int]], column: str | None) -> list[
     ]
 
 
-def _names(lesion: str, group: str, size: int) -> bool:
+def _reveals_group(lesion: str, group: str, size: int) -> bool:
     """Return whether a lesion id is the id of its group of `size` lesions, or holds it as a word."""
     if lesion == group:
         return size > 1  # a lesion without a group is its own

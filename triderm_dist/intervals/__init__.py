@@ -20,14 +20,36 @@ from triderm_dist.intervals.f1 import (
     spread,
 )
 from triderm_dist.intervals.interval import MOST_DECIMALS, UNKNOWN, Interval
-from triderm_dist.intervals.means import mean, of_mean, over_seeds
+from triderm_dist.intervals.means import mean, mean_over_seeds, student_mean
 from triderm_dist.intervals.ranking import area_under_roc, average_precision
 from triderm_dist.intervals.share import Rates, predictive_values, rates, rates_per_class, shares
 from triderm_dist.intervals.units import group_numbers
 
 __all__ = [
-    "MOST_DECIMALS", "RESAMPLES", "UNKNOWN", "Interval", "Rates", "area_under_roc", "average_precision",
-    "beyond_noise", "difference_draws", "f1_per_class", "group_numbers", "holm", "macro_f1", "macro_f1_draws", "mean",
-    "metric_draws", "of_mean", "of_metrics", "over_seeds", "paired_difference", "percentiles", "predictive_values",
-    "rates", "rates_per_class", "shares", "spread",
+    "MOST_DECIMALS",
+    "RESAMPLES",
+    "UNKNOWN",
+    "Interval",
+    "Rates",
+    "area_under_roc",
+    "average_precision",
+    "beyond_noise",
+    "difference_draws",
+    "f1_per_class",
+    "group_numbers",
+    "holm",
+    "macro_f1",
+    "macro_f1_draws",
+    "mean",
+    "mean_over_seeds",
+    "metric_draws",
+    "of_metrics",
+    "paired_difference",
+    "percentiles",
+    "predictive_values",
+    "rates",
+    "rates_per_class",
+    "shares",
+    "spread",
+    "student_mean",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ def mean(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     return Interval(value, value - half, value + half)
 
 
-def of_mean(values: Sequence[float] | np.ndarray) -> Interval:
+def student_mean(values: Sequence[float] | np.ndarray) -> Interval:
     """Return the mean of independent values with Student's interval, NaN ends for fewer than two."""
     from scipy import stats
 
@@ -27,14 +27,14 @@ def of_mean(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def over_seeds(differences: Sequence[Interval]) -> Interval:
+def mean_over_seeds(differences: Sequence[Interval]) -> Interval:
     """Return the mean of a difference measured with several seeds, with an interval over lesions and seeds.
 
     differences: of each seed, with its interval over the same lesions. Each end is as far from the mean as the root of
     the sum of two squares: the mean distance of the seeds' ends, and Student's interval of the mean over seeds. NaN
     ends for a single seed, which says nothing about others.
     """
-    seeds = of_mean([each.value for each in differences])
+    seeds = student_mean([each.value for each in differences])
     below = np.hypot(np.mean([each.value - each.low for each in differences]), seeds.value - seeds.low)
     above = np.hypot(np.mean([each.high - each.value for each in differences]), seeds.high - seeds.value)
     return Interval(seeds.value, float(seeds.value - below), float(seeds.value + above))

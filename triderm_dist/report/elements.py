@@ -206,11 +206,6 @@ def part_text(interval: Interval, part: str, spec: str = "") -> str:
     return shown(getattr(interval, part), spec)
 
 
-def plural(word: str, count: int) -> str:
-    """Return a noun that fits a number."""
-    return word if count == 1 else word + "s"
-
-
 def _parts(value: Value) -> set[str]:
     if isinstance(value, Interval):
         return {"low", "high"}

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from triderm_dist.intervals import Interval
-from triderm_dist.report.elements import Column, Row, Section, Table, plural
+from triderm_dist.report.elements import Column, Row, Section, Table
 from triderm_dist.report.render import write_page
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.search.figures import figures_of
 from triderm_dist.search.results import Summary, format_value, gain_over, remarks, verdict
 from triderm_dist.search.settings import BASELINE
@@ -50,10 +51,10 @@ def _head(summary: Summary) -> Section:
     if summary.repeats:
         seeds = len(summary.repeats.seeds)
         gain: Interval | float = summary.repeats.gain if seeds > 1 else summary.repeats.gain.value
-        gains.append(Row(OTHER_SEEDS, (gain, f"{seeds} {plural('seed', seeds)}")))
+        gains.append(Row(OTHER_SEEDS, (gain, counted(seeds, "seed"))))
     columns = [Column("gain", "gain in macro F1", "+.3f"), Column("of", "interval over")]
     tables.append(Table("gains", "The best settings against the experiment's own", columns, gains, head="gain"))
-    trials = f"{len(summary.trials)} {plural('trial', len(summary.trials))}"
+    trials = counted(len(summary.trials), "trial")
     return Section(
         "",
         "search_head.html",
@@ -105,7 +106,7 @@ def _trials(summary: Summary) -> Section:
         for trial in summary.trials
     ]
     table = Table("trials", "All trials, the best first", columns, rows, "trial")
-    listed = f"{len(rows)} {plural('trial', len(rows))}"
+    listed = counted(len(rows), "trial")
     return Section("Trials", "search_trials.html", tables=[table], values={"listed": listed})
 
 

@@ -107,7 +107,7 @@ def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
 
 
 def _read_repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
-    from triderm_dist.intervals import of_mean
+    from triderm_dist.intervals import student_mean
 
     done = {
         (trial.number, trial.seed): trial.macro_f1
@@ -120,7 +120,7 @@ def _read_repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
     if best.number == baseline.number or not seeds:
         return None
     first, second = ([done[trial.number, seed] for seed in seeds] for trial in (baseline, best))
-    return Repeats(seeds, first, second, of_mean(np.subtract(second, first)))
+    return Repeats(seeds, first, second, student_mean(np.subtract(second, first)))
 
 
 def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from triderm_dist.ensemble.run_files import ENSEMBLE, in_training
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
-from triderm_dist.report.elements import Column, Row, Section, Table, plural
+from triderm_dist.report.elements import Column, Row, Section, Table
 from triderm_dist.report.wording import RULES, fitted_parts, measure
+from triderm_dist.runtime.terminal import counted
 
 NESTED, HELD_OUT = "out of fold, nested", "held-out test set"
 
 
 def head(content: Content) -> Section:
     """Return the section without a title that opens the page."""
-    counted = measure(content)
+    decided = measure(content)
     rows = [Row(NESTED, (content.score, len(content.labels)))]
     absent: list[str] = []
     if held := content.held_out:
@@ -21,21 +22,20 @@ def head(content: Content) -> Section:
         absent = held["absent"]
     best = max((row for row in content.scores if row.name != ENSEMBLE), key=lambda row: row.nested.value)
     models, folds = len(content.table.models), content.fit["folds"]
-    columns = [Column("macro_f1", f"macro F1, {counted}"), Column("lesions", "lesions")]
+    columns = [Column("macro_f1", f"macro F1, {decided}"), Column("lesions", "lesions")]
     return Section(
         title="",
         template="head.html",
         tables=[Table("main", "Main figures", columns, rows, head="lesions", emphasis=True)],
         values={
             "heading": f"{content.title}: {content.name}",
-            "about": f"{models} {plural('model', models)} · {folds} folds · {len(content.diagnoses)} diagnoses · "
-            "triderm-dist",
+            "about": f"{counted(models, 'model')} · {folds} folds · {len(content.diagnoses)} diagnoses · triderm-dist",
             "networks": models,
             "folds": folds,
             "diagnoses": len(content.diagnoses),
             "inputs": _inputs(content),
             "synthetic": content.synthetic,
-            "measure": counted,
+            "measure": decided,
             "nested": NESTED,
             "held_out": HELD_OUT if held else "",
             "absent": absent,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from triderm_dist.report.content import Content
-from triderm_dist.report.elements import Column, Row, Section, Share, Table, plural
+from triderm_dist.report.elements import Column, Row, Section, Share, Table
+from triderm_dist.runtime.terminal import counted
 
 
 def malignancy(content: Content) -> Section | None:
@@ -32,7 +33,7 @@ def malignancy(content: Content) -> Section | None:
         Row("Average precision", (target.average_precision,), note="of that share"),
     ]
     unknown = found.unknown_kind
-    left_out = f" {unknown:,} {plural('lesion', unknown)} with another diagnosis left out." if unknown else ""
+    left_out = f" {counted(unknown, 'lesion')} with another diagnosis left out." if unknown else ""
     note = (
         f"Out of fold, nested. Malignant: {names[True]}; benign: {names[False]}.{left_out} The decisions are those for "
         "macro F1; they weigh a missed malignant lesion no more than a false alarm."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from triderm_dist.report.content import Content
-from triderm_dist.report.elements import Section, plural
+from triderm_dist.report.elements import Section
 from triderm_dist.report.extra_sets import extra_sets
+from triderm_dist.runtime.terminal import counted
 
 
 def method(content: Content) -> Section:
@@ -12,7 +13,7 @@ def method(content: Content) -> Section:
     held_out, tested = content.transforms
     values = {
         "resamples": content.resamples,
-        "tested": f"{tested} test-time {plural('transform', tested)}",
+        "tested": counted(tested, "test-time transform"),
         "held_out": held_out,
         "extra_sets": extra_sets(content.folder, content.networks),
     }
