@@ -37,7 +37,7 @@ def main(words: list[str]) -> int:
         lines = [line for name in settings["read"].split(",") for line in Path(name).read_text().splitlines()]
         outcomes, rows = [Outcome(**json.loads(line)) for line in lines], []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        matrix = Matrix(Path(folder), tell)
+        matrix = Matrix(Path(folder), print_outcome)
         for row in rows:
             for fault in faults:
                 for case in matrix.cases(row, fault, int(settings["moments"])):
@@ -52,7 +52,7 @@ def main(words: list[str]) -> int:
     return int(any(outcome.problems for outcome in outcomes))
 
 
-def tell(outcome: Outcome) -> None:
+def print_outcome(outcome: Outcome) -> None:
     """Print an outcome as it comes."""
     verdict = "ok" if not outcome.problems else "FAILED"
     print(

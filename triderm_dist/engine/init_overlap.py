@@ -24,6 +24,7 @@ from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import find_networks
 from triderm_dist.predictions import find_predictions, read_predictions
+from triderm_dist.runtime.messages import listed
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
 
@@ -60,11 +61,10 @@ class WarmStart:
             for seen, ids, own in zip(self.seen, self.lesion_ids, predicted, strict=True)
             for row in own[seen[0, own]]
         ]
-        more = f" and {len(shared) - MAX_NAMED:,} more" if len(shared) > MAX_NAMED else ""
         which = self.networks[0].name if len(self.networks) == 1 else f"each of its {len(self.networks)} networks"
         raise DataError(
             f"{self.init}: {which} was trained on lesions that this training is to predict, so that their scores "
-            f"would be too good: {', '.join(shared[:MAX_NAMED])}{more}; name a run of other lesions, or RUN/MODEL of "
+            f"would be too good: {listed(shared, MAX_NAMED)}; name a run of other lesions, or RUN/MODEL of "
             "one with the same folds"
         )
 

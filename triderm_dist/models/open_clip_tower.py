@@ -25,8 +25,8 @@ from triderm_dist.models.tower import (
     refuse_quick_gelu,
 )
 from triderm_dist.models.weight_files import existing, existing_weights, hub_file, is_cached, read_weights, weights_in
-from triderm_dist.models.weights import fill, listing, strip_prefix
-from triderm_dist.runtime.messages import one_line
+from triderm_dist.models.weights import fill, strip_prefix
+from triderm_dist.runtime.messages import listed, one_line
 from triderm_dist.schema import CheckpointError, InputError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -169,7 +169,7 @@ def _fill(visual: Any, state: dict[str, Tensor], file: Path) -> str:
     is_timm = hasattr(visual, "trunk")
     visual_state = strip_prefix(state, "visual.trunk." if is_timm else "visual.")
     if not visual_state:
-        raise CheckpointError(f"{file}: has no 'visual.' tensors; its first keys are {listing(list(state))}")
+        raise CheckpointError(f"{file}: has no 'visual.' tensors; its first keys are {listed(list(state))}")
     optional = tuple(f"{head}." for head in HEADS) if is_timm else ("proj",)
     unused = fill(visual.trunk if is_timm else visual, visual_state, file, optional)
     return f"{len(visual_state) - len(unused)} tensors of {file.name}; left out: text tower, projection"

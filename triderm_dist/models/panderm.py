@@ -17,7 +17,8 @@ from torch import Tensor
 
 from triderm_dist.models.timm_tower import split_model
 from triderm_dist.models.tower import IMAGENET_MEAN, IMAGENET_STD, InputSpec, Tower
-from triderm_dist.models.weights import State, fill, listing, strip_prefix
+from triderm_dist.models.weights import State, fill, strip_prefix
+from triderm_dist.runtime.messages import listed
 from triderm_dist.schema import CheckpointError
 
 PREFIXES = ("", "visual.", "encoder.")
@@ -61,7 +62,7 @@ def load_panderm(state: Mapping[str, Tensor], file: Path, pretrained: bool = Tru
     if prefix is None:
         raise CheckpointError(
             f"{file}: no PanDerm tower under '', 'visual.' or 'encoder.': cls_token, pos_embed, "
-            f"patch_embed.proj.weight, blocks.0.attn.q_bias are missing; the file has {listing(list(state))}"
+            f"patch_embed.proj.weight, blocks.0.attn.q_bias are missing; the file has {listed(list(state))}"
         )
     tower_state = strip_prefix(state, prefix)
     model = build_panderm(**_sizes(tower_state, file))  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ from triderm_dist.models.tower import (
     refuse_quick_gelu,
 )
 from triderm_dist.models.weight_files import existing_weights, is_cached, is_safetensors, read_weights, weight_file
-from triderm_dist.models.weights import fill, listing, rename_by_order, without_prefix
-from triderm_dist.runtime.messages import nearest, one_line
+from triderm_dist.models.weights import fill, rename_by_order, without_prefix
+from triderm_dist.runtime.messages import listed, nearest, one_line
 from triderm_dist.schema import InputError
 
 HEADS = ("global_pool", "attn_pool", "fc_norm", "pre_logits", "head", "head_drop", "head_dist", "classifier", "fc")
@@ -100,7 +100,7 @@ def _fill(model: nn.Module, name: str, file: Path) -> str:
     unused = [*fill(model, inner, file, heads), *(key for key in state if prefix and not key.startswith(prefix))]
     if prefix:
         note += f" under {prefix.rstrip('.')!r}"
-    left_out = f", left out: {listing(unused)}" if unused else ""
+    left_out = f", left out: {listed(unused)}" if unused else ""
     return f"{len(state) - len(unused)} tensors of {file}{note}{left_out}"
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from triderm_dist.file_kinds import START, kind_of
-from triderm_dist.models.weights import State, listing, strip_prefix
-from triderm_dist.runtime.messages import one_line, printable
+from triderm_dist.models.weights import State, strip_prefix
+from triderm_dist.runtime.messages import listed, one_line, printable
 from triderm_dist.schema import CheckpointError, InputError
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -298,7 +298,7 @@ def weights_in(folder: Path, preferred: Sequence[str]) -> Path:
         raise CheckpointError(f"{folder}: has no weight file; expected {' or '.join(preferred)}")
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder}: holds {len(found)} weight files, {listing([*found])}; name the one to use {preferred[0]}, or "
+            f"{folder}: holds {len(found)} weight files, {listed([*found])}; name the one to use {preferred[0]}, or "
             "keep the others elsewhere"
         )
     return next(iter(found.values()))
@@ -335,6 +335,6 @@ def weight_file(name: str) -> Path:
     found = [file for folder in spec.submodule_search_locations for file in sorted(Path(folder).rglob("*"))]
     found = [file for file in found if file.suffix in WEIGHT_SUFFIXES]
     if len(found) != 1:
-        files = f" ({listing([file.name for file in found])})" if found else ""
+        files = f" ({listed([file.name for file in found])})" if found else ""
         raise CheckpointError(f"{name}: the package holds {len(found)} weight files{files} instead of one; give a path")
     return found[0]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from triderm_dist.runtime.messages import listed
 from triderm_dist.schema import CheckpointError
 
 State = dict[str, Tensor]
@@ -30,7 +31,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, optional: C
         found = next(iter(state), "nothing")
         raise CheckpointError(
             f"{file}: does not fill the tower: {len(missing)} of {len(own)} tensors are missing, "
-            f"first {listing(missing)}; the file has {found!r}, is it of another architecture?"
+            f"first {listed(missing)}; the file has {found!r}, is it of another architecture?"
         )
     for key, value in own.items():
         if key in state and state[key].shape != value.shape:
@@ -45,7 +46,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, optional: C
     unexpected = [key for key in unused if key.split(".")[0] in parts and not _starts(key, optional)]
     if unexpected:
         raise CheckpointError(
-            f"{file}: holds tensors that the tower does not have, first {listing(unexpected)}; "
+            f"{file}: holds tensors that the tower does not have, first {listed(unexpected)}; "
             "the file is of another architecture"
         )
     module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
@@ -92,11 +93,6 @@ def rename_by_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) ->
         if value.shape != wanted.shape or old.split(".")[-1] != new.split(".")[-1]:
             return None
     return dict(zip(names, state.values(), strict=True))
-
-
-def listing(keys: Sequence[str], limit: int = 3) -> str:
-    """Name the first `limit` keys and count the others."""
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
 def _starts(key: str, prefixes: Collection[str]) -> bool:

@@ -32,12 +32,12 @@ from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.merged_scans import MergedScans
 from triderm_dist.data.shards.open import TARS, is_url, open_index
 from triderm_dist.data.shards.publish import RemoteFolder, local_name
-from triderm_dist.data.shards.scan_tar import TarFile, TarScan, TarScanner, some
+from triderm_dist.data.shards.scan_tar import MAX_NAMES, TarFile, TarScan, TarScanner
 from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, write_text
-from triderm_dist.runtime.messages import printable
+from triderm_dist.runtime.messages import listed, printable
 from triderm_dist.runtime.redact import redact, redact_tree, remember
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import milk10k_task
@@ -81,7 +81,7 @@ def index_shards(
     target, part = _target(where, output), _part_of(where)
     tars, others = list_tars(where)
     if others:
-        note(f"not read, as no plain tar in this folder: {some([printable(name) for name in others])}")
+        note(f"not read, as no plain tar in this folder: {listed([printable(name) for name in others], MAX_NAMES)}")
     with lock_all(part, _refusal(part)):
         scanner = TarScanner(part, task, extensions, missing_view)
         if distribute:

@@ -13,7 +13,8 @@ from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards.format import rows_schema, to_array
-from triderm_dist.data.shards.scan_tar import TarScan, some
+from triderm_dist.data.shards.scan_tar import MAX_NAMES, TarScan
+from triderm_dist.runtime.messages import listed
 from triderm_dist.schema import UNLABELED, Task
 
 
@@ -77,10 +78,10 @@ class MergedScans:
     def unread(self) -> Iterator[str]:
         """Yield a line about tars without a lesion, and one about members that are not read."""
         if self._empty:
-            yield f"no lesion in {some(self._empty)}; not in the index"
+            yield f"no lesion in {listed(self._empty, MAX_NAMES)}; not in the index"
         if self._unused:
             counted = [f"{name} ({count} times)" if count > 1 else name for name, count in self._unused.most_common()]
-            yield f"not used, as neither a record nor a photo of a view: {some(counted)}"
+            yield f"not used, as neither a record nor a photo of a view: {listed(counted, MAX_NAMES)}"
 
     def notes(self) -> Iterator[str]:
         """Yield a line for each tolerated deviation."""

@@ -37,7 +37,7 @@ from triderm_dist.data.shards.tar_members import DamagedTar, tar_members
 from triderm_dist.data.threads import map_in_order
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256
-from triderm_dist.runtime.messages import printable, quoted
+from triderm_dist.runtime.messages import listed, printable, quoted
 from triderm_dist.schema import VIEWS, Task
 
 Member = tuple[int, int]
@@ -250,11 +250,6 @@ def scan_schema(task: Task) -> pa.Schema:
     return schema
 
 
-def some(names: Sequence[str]) -> str:
-    """Name the first `MAX_NAMES` and count the others."""
-    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
-
-
 @dataclass(frozen=True)
 class _Sample:
     """Consecutive members of a tar with one key, by extension."""
@@ -392,7 +387,7 @@ class _SampleCheck:
 
     def _missing(self, view: str, sample: _Sample) -> str:
         wanted = " or .".join(self.extensions[view])
-        found = some([f".{printable(name)}" for name in sorted(sample.members)])
+        found = listed([f".{printable(name)}" for name in sorted(sample.members)], MAX_NAMES)
         if other := self._other_format(view, sample):
             return f"no {view} photo named .{wanted}, but .{printable(other)}; shards hold JPEGs, so convert it"
         allow = ", or allow lesions with one photo by missing_view=mark" if len(self.task.views) > 1 else ""
