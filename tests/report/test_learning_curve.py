@@ -14,7 +14,7 @@ from triderm_dist.predictions import PARTS, find_predictions, part_folder, read_
 from triderm_dist.report.content import Content
 from triderm_dist.report.learning_curve import fit_learning_curve
 from triderm_dist.report.render import write_page
-from triderm_dist.report.sections.training_lesions import training_lesions
+from triderm_dist.report.sections.learning_curve import learning_curve
 from triderm_dist.schema import DataError
 
 SIZES = (250.0, 500.0, 1000.0)
@@ -77,19 +77,19 @@ def write_parts(folder: Path, model: str) -> None:
 def test_the_page_says_whether_more_lesions_would_help(tmp_path: Path) -> None:
     write_run(tmp_path / "run", lesions=200)
     content = Content(stack(tmp_path / "run"))
-    assert training_lesions(content) is None
+    assert learning_curve(content) is None
     write_parts(tmp_path / "run", "trimodal")
     content = Content(tmp_path / "run")
-    (curve,) = content.size_curves
+    (curve,) = content.learning_curves
     assert curve.model == "trimodal" and curve.lesions[:2] == PARTS
     assert curve.lesions[2] == pytest.approx(200 * 2 / 3)
     whole = metrics.argmax_macro_f1(content.table.logits["trimodal"], content.labels)
     scores = [each.value for each in curve.macro_f1]
     assert scores[2] == pytest.approx(whole) and scores == sorted(scores)
-    section = training_lesions(content)
+    section = learning_curve(content)
     assert section is not None
     page = write_page(tmp_path / "page.html", tmp_path / "files", "page", [section]).read_text(encoding="utf-8")
     assert f"{curve.gain.value:+.3f}" in page and ("Probably yes" in page) == curve.helps
     (part_folder(tmp_path / "run", "trimodal", 25, 1) / "fold.json").write_text("{}")
     with pytest.raises(DataError, match=r"fold-1/fold.json: .*; delete its folder and run triderm report"):
-        Content(tmp_path / "run").size_curves  # noqa: B018
+        Content(tmp_path / "run").learning_curves  # noqa: B018

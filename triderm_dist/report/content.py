@@ -222,7 +222,7 @@ class Content:
         return result
 
     @cached_property
-    def curves(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    def training_curves(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
         """Records of metrics.jsonl by model and fold."""
         result: dict[str, dict[int, list[dict[str, Any]]]] = {}
         for model in self.table.models:
@@ -232,7 +232,7 @@ class Content:
         return result
 
     @cached_property
-    def size_curves(self) -> list[LearningCurve]:
+    def learning_curves(self) -> list[LearningCurve]:
         """Macro F1 by the number of training lesions, of the networks that were trained on parts of them."""
         found = [
             read_learning_curve(self.folder, name, self.table, self.groups, self.resamples)

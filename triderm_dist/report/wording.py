@@ -12,7 +12,7 @@ RULES = {
 }
 """The decisions of `schema.DECISIONS` in words."""
 
-MEASURES = {
+SCORED_DECISIONS = {
     "argmax": "most probable diagnosis",
     "fitted": "one diagnosis by fitted thresholds",
     "threshold": "each diagnosis with p > 0.5",
@@ -20,9 +20,9 @@ MEASURES = {
 """What the macro F1 of a decision counts as predicted; a challenge's metric is called official instead."""
 
 
-def measure(content: Content) -> str:
+def scored_decision(content: Content) -> str:
     """Return what the run's macro F1 counts as predicted."""
-    return "official metric" if content.task.submission else MEASURES[content.task.decision]
+    return "official metric" if content.task.submission else SCORED_DECISIONS[content.task.decision]
 
 
 def fitted_parts(content: Content) -> str:

@@ -33,7 +33,7 @@ from triderm_dist.report.sections.ensemble import ensemble
 from triderm_dist.report.sections.hardest import hardest
 from triderm_dist.report.sections.head import head
 from triderm_dist.report.sections.label_errors import label_errors
-from triderm_dist.report.sections.learning_curves import learning_curves
+from triderm_dist.report.sections.learning_curve import learning_curve
 from triderm_dist.report.sections.malignancy import malignancy
 from triderm_dist.report.sections.manuscript import manuscript
 from triderm_dist.report.sections.method import method
@@ -47,7 +47,7 @@ from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.scores import scores
 from triderm_dist.report.sections.settings import settings
 from triderm_dist.report.sections.slices import slices
-from triderm_dist.report.sections.training_lesions import training_lesions
+from triderm_dist.report.sections.training_curves import training_curves
 from triderm_dist.report.sections.typical import typical
 
 SECTIONS: list[Callable[[Content], Section | None]] = [
@@ -70,8 +70,8 @@ SECTIONS: list[Callable[[Content], Section | None]] = [
     hardest,
     typical,
     ensemble,
-    learning_curves,
-    training_lesions,
+    training_curves,
+    learning_curve,
     method,
     manuscript,
     settings,

@@ -6,7 +6,7 @@ from triderm_dist.ensemble.run_files import ENSEMBLE, in_training
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Table
-from triderm_dist.report.wording import RULES, fitted_parts, measure
+from triderm_dist.report.wording import RULES, fitted_parts, scored_decision
 from triderm_dist.runtime.terminal import counted
 
 NESTED, HELD_OUT = "out of fold, nested", "held-out test set"
@@ -14,7 +14,7 @@ NESTED, HELD_OUT = "out of fold, nested", "held-out test set"
 
 def head(content: Content) -> Section:
     """Return the section without a title that opens the page."""
-    decided = measure(content)
+    decided = scored_decision(content)
     rows = [Row(NESTED, (content.score, len(content.labels)))]
     absent: list[str] = []
     if held := content.held_out:

@@ -22,7 +22,7 @@ from triderm_dist.report.sections.missing_inputs import missing_inputs
 from triderm_dist.report.sections.operating_points import operating_points
 from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.slices import slices
-from triderm_dist.report.wording import RULES, fitted_parts, measure
+from triderm_dist.report.wording import RULES, fitted_parts, scored_decision
 
 QUOTED: tuple[Callable[[Content], Section | None], ...] = (
     *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs, ensemble),
@@ -58,7 +58,7 @@ def manuscript(content: Content) -> Section:
         "extra_sets": extra_sets(content.folder, content.networks),
         "transforms": content.transforms,
         "rule": RULES[task.decision],
-        "measure": measure(content),
+        "measure": scored_decision(content),
         "fitted_parts": fitted_parts(content),
         "resamples": content.resamples,
         "synthetic": content.synthetic,

@@ -7,12 +7,12 @@ import numpy as np
 from triderm_dist.metrics import METRICS
 from triderm_dist.report.content import MIN_COMMON_LESIONS, Content
 from triderm_dist.report.elements import Column, Row, Section, Table
-from triderm_dist.report.wording import measure
+from triderm_dist.report.wording import scored_decision
 
 
 def metrics(content: Content) -> Section:
     """Return the table of metrics and that of the spread."""
-    rows = [Row(f"Macro F1, {measure(content)}", (content.score,), lead=True)]
+    rows = [Row(f"Macro F1, {scored_decision(content)}", (content.score,), lead=True)]
     if content.common_score:
         rows.append(Row(f"Macro F1, diagnoses with at least {MIN_COMMON_LESIONS} lesions", (content.common_score,)))
     rows += [Row(METRICS[name].title, (interval,)) for name, interval in content.metric_values.items()]

@@ -14,15 +14,15 @@ from triderm_dist.report.style import GRAY, MEDIUM, PALETTE
 EXPECTED = f"{BEYOND} times as many, extrapolated"
 
 
-def training_lesions(content: Content) -> Section | None:
+def learning_curve(content: Content) -> Section | None:
     """Return the curve of each network that was trained on parts of the lesions; None where none was."""
-    curves = content.size_curves
+    curves = content.learning_curves
     if not curves:
         return None
     best = max(curves, key=lambda curve: curve.macro_f1[-1].value)
     return Section(
         "Would more lesions help?",
-        "training_lesions.html",
+        "learning_curve.html",
         tables=[_sizes(curves), _gains(curves)],
         figures=[
             Figure("training_lesions", lambda figure: _draw(figure, curves), _alt(curves), _CAPTION, (MEDIUM, 3.8))

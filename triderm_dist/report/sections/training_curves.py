@@ -9,14 +9,14 @@ from triderm_dist.report.elements import Figure, Section
 from triderm_dist.report.style import PALETTE, WIDE
 
 
-def learning_curves(content: Content) -> Section | None:
+def training_curves(content: Content) -> Section | None:
     """Return the curves of each model by fold; None where metrics.jsonl of all folds are missing."""
-    if not content.curves:
+    if not content.training_curves:
         return None
 
     def draw(figure: Any) -> None:
-        grid = figure.subplots(len(content.curves), 2, squeeze=False)
-        for (model, folds), (left, right) in zip(content.curves.items(), grid, strict=True):
+        grid = figure.subplots(len(content.training_curves), 2, squeeze=False)
+        for (model, folds), (left, right) in zip(content.training_curves.items(), grid, strict=True):
             for number, (fold, records) in enumerate(folds.items()):
                 color = PALETTE[number % len(PALETTE)]
                 train = [record for record in records if record["kind"] == "train"]
@@ -33,7 +33,7 @@ def learning_curves(content: Content) -> Section | None:
             for axes in (left, right):
                 axes.set_xlabel("epoch")
 
-    size = WIDE, 2.9 * len(content.curves)
+    size = WIDE, 2.9 * len(content.training_curves)
     alt = f"Training loss and validation macro F1 over epochs, by fold: {'; '.join(_ends(content))}."
     return Section("Learning curves", figures=[Figure("learning_curves", draw, alt, "One line per fold.", size)])
 
@@ -41,7 +41,7 @@ def learning_curves(content: Content) -> Section | None:
 def _ends(content: Content) -> list[str]:
     """Say for each model where the validation curves end."""
     result = []
-    for model, folds in content.curves.items():
+    for model, folds in content.training_curves.items():
         scores = [[r["macro_f1"] for r in records if r["kind"] == "validation"] for records in folds.values()]
         finals = [each[-1] for each in scores if each]
         if finals:
