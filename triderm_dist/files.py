@@ -208,7 +208,7 @@ _TENSOR_DTYPES = {
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> str:
     """Write PyTorch tensors as safetensors, not atomically, and return the file's SHA-256 in hexadecimal.
 
-    The bytes are those of `safetensors.torch.save_file`, which holds the GIL and does not tell the hash, so that the
+    The bytes are those of `safetensors.torch.save_file`, which holds the GIL and does not return the hash, so that the
     file would have to be read again. Raises ValueError for a dtype that the format lacks.
     """
     import torch
@@ -325,7 +325,7 @@ def exclusive_lock(lock: Path, refusal: str) -> Iterator[int]:
 
 def _wait_for_lock(file: IO[str], refusal: str) -> None:
     """Lock an open file. Raises Busy if another process still holds the lock after `lock_seconds`."""
-    seconds, started, told = lock_seconds(), time.monotonic(), False
+    seconds, started, has_printed = lock_seconds(), time.monotonic(), False
     while True:
         try:
             return lock_file(file, wait=False)
@@ -334,9 +334,9 @@ def _wait_for_lock(file: IO[str], refusal: str) -> None:
             if time.monotonic() - started >= seconds:
                 waited = f"; waited {seconds:g} s" if seconds else ""
                 raise Busy(f"{refusal} ({holder}{waited})") from None
-            if not told:
+            if not has_printed:
                 print(f"{file.name}: locked by {holder}; waiting at most {seconds:g} s", flush=True)
-                told = True
+                has_printed = True
             time.sleep(min(0.2, seconds))
 
 

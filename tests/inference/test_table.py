@@ -153,7 +153,7 @@ def test_folder_of_photos(tmp_path):
 
 def test_view_of_a_single_photo_is_in_its_name_or_given(tmp_path):
     one, other = draw(tmp_path / "a.jpg"), draw(tmp_path / "b.clinical.jpg")
-    with pytest.raises(DataError, match=r"a.jpg: its name does not tell the view; name it a.clinical.jpg, or write"):
+    with pytest.raises(DataError, match=r"a.jpg: its name does not state the view; name it a.clinical.jpg, or write"):
         read_input([one], Trained())
     found = read_input([one, other], Trained(), view="dermoscopic").lesions
     assert found.lesion_ids.tolist() == ["a", "b"]

@@ -58,7 +58,7 @@ class PredictRun(RunReader):
         (), description="folder of photos, table or photos to predict; by default the packed test set of the run"
     )
     photos: PathText | None = Field(None, description="folder of the photos of a table; default that of the table")
-    view: str | None = Field(None, description="view of the photos whose names do not tell it, such as dermoscopic")
+    view: str | None = Field(None, description="view of the photos whose names do not state it, such as dermoscopic")
     tta: Literal[1, 2, 4, 8] | None = Field(
         None, description="number of test-time transforms to average over; default predict.transforms"
     )

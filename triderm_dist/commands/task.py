@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from triderm_dist.data.readers.dataset import Dataset
 
 ROLES = ("diagnosis", "lesion_id", "group", "view")
-"""Roles of columns that the user may name if the columns' names do not tell them."""
+"""Roles of columns that the user may name if the columns' names do not show them."""
 
 MAX_PROBLEMS = 10
 """Problems that triderm task check lists."""

@@ -256,7 +256,7 @@ def map_labels(
     class_mask = np.isin(known, [target for target in mapping.values() if target is not None])
     if class_mask.sum() < 2:
         raise ConfigError(
-            f"{where}.map: name at least two diagnoses of the training set's task, which the set tells apart"
+            f"{where}.map: name at least two diagnoses of the training set's task, which the set distinguishes"
         )
     return table[index.labels], class_mask
 

@@ -45,14 +45,14 @@ def interrupt_on_lost_rank() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        beat, told = heartbeat.current(), error
+        beat, raised = heartbeat.current(), error
         if is_backend_error(error):
-            told = beat.explain(error) if beat else _before_contact(error)
+            raised = beat.explain(error) if beat else _before_contact(error)
         if beat and not isinstance(error, Interrupted):
-            beat.note_failure(exit_code(told), one_line(told, 400))
-        if told is error:
+            beat.note_failure(exit_code(raised), one_line(raised, 400))
+        if raised is error:
             raise
-        raise told from None
+        raise raised from None
 
 
 def _before_contact(error: Exception) -> InputError:

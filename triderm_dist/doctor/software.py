@@ -167,7 +167,7 @@ def architectures(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def architecture_finding(name: str, capability: tuple[int, int], built: Sequence[str], cuda: str) -> Finding | None:
-    """Report a GPU that torch has no kernels for; None if it has some, or where it does not tell (`built` empty).
+    """Report a GPU that torch has no kernels for; None if it has some, or where it does not list them (`built` empty).
 
     built: as torch.cuda.get_arch_list returns it. sm_XY runs on devices of the same major version X and a minor version
     from Y on, compute_XY on all from X.Y on, as NVIDIA's guide to CUDA says.

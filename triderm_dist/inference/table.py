@@ -88,7 +88,7 @@ def read_input(
 ) -> ReadInput:
     """Read a folder, a table, or one or several photos.
 
-    photos: folder of the photos of a table, by default the table's.  view: of photos whose names do not tell it.
+    photos: folder of the photos of a table, by default the table's.  view: of photos whose names do not state it.
     invalid="drop" leaves lesions with an invalid row out. Raises InvalidLesions, or DataError for an input that cannot
     be read at all.
     """
@@ -180,7 +180,7 @@ def _read_photos(photos: Sequence[tuple[Path, Path]], trained: TrainedOn, view: 
         if own_view is None:
             example = f"{path.stem}.{task.view_names[0]}{path.suffix}"
             raise DataError(
-                f"{path}: its name does not tell the view; name it {example}, or write view=NAME for all such photos "
+                f"{path}: its name does not state the view; name it {example}, or write view=NAME for all such photos "
                 f"({', '.join(task.view_names)})"
             )
         if other := lesions.setdefault(name, {}).get(own_view):

@@ -104,7 +104,7 @@ def _complement(interval: Interval) -> Interval:
 class Share:
     """Shares part / whole with the ends of their intervals, all (C,); NaN where whole is 0.
 
-    part, whole: of independent lesions that tell as much.
+    part, whole: effective counts, of independent lesions with as much information.
     """
 
     part: np.ndarray
@@ -116,7 +116,7 @@ class Share:
     def of(parts: np.ndarray, wholes: np.ndarray, frequency: np.ndarray, grouped: bool) -> Share:
         """Take the shares of units (U, C) with their frequency (U,)."""
         part, whole = frequency @ parts, frequency @ wholes
-        if grouped:  # as many independent lesions as tell as much
+        if grouped:  # to the effective sample size
             effect = _design_effect(parts, wholes, frequency)
             part, whole = part / effect, whole / effect
         return Share.from_counts(part, whole)

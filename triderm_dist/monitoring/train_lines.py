@@ -17,7 +17,7 @@ class TrainLines:
     gradient norm and the learning rate; metrics.jsonl has them all.
 
     total_steps, epochs: of the training.  loss_names: parts of the loss.  mfu: whether records have it.
-    prefix: of every line, to tell the lines of concurrent trainings apart.
+    prefix: of every line, to distinguish the lines of concurrent trainings.
     """
 
     def __init__(

@@ -221,7 +221,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that tell the runs apart."""
+    """Return the shortest ends of the paths that distinguish the runs."""
     parts = [folder.resolve().parts for folder in folders]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):

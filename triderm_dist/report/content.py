@@ -335,7 +335,7 @@ class Content:
 
     @cached_property
     def packing(self) -> PackingFacts | None:
-        """What packing recorded of the training set; None where neither the run nor the set tell."""
+        """What packing recorded of the training set; None where neither the run nor the set has it."""
         recorded = packing_facts(self.provenance.data)
         return PackingFacts(**self.packed.flow()) if recorded is None and self.packed is not None else recorded
 

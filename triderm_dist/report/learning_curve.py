@@ -86,7 +86,7 @@ def fit_learning_curve(
 
     The ends of the extrapolation are percentiles over bootstrap resamples of the held-out lesions, the same for all
     sizes. The power law of the error is that of Hestness et al. (2017) without an irreducible error, which three sizes
-    cannot tell apart: the extrapolation is optimistic where there is one.
+    cannot distinguish: the extrapolation is optimistic where there is one.
     """
     draws = intervals.macro_f1_draws(decisions, labels, groups, resamples)
     values = np.array([[metrics.macro_f1(each, labels) for each in decisions]])

@@ -34,7 +34,7 @@ def bibliography(keys: Sequence[str], task: str) -> str:
 
 
 def used_works(experiment: Experiment | None, networks: Sequence[str]) -> list[str]:
-    """Return the keys of what a run used, as far as its settings tell."""
+    """Return the keys of what a run used, as far as its settings say."""
     keys = {"tripod_ai", "claim_2024", "torch", "numpy"}
     keys |= {"temperature_scaling", "ensemble_selection", "confident_learning"}
     keys |= {"brown_2001", "zou_2008", "agresti_2000", "delong_1988", "newcombe_2006", "hanley_1982", "holm_1979"}

@@ -38,7 +38,7 @@ class Usage:
     processes, a free core.
 
     CPU time and memory are those of all its processes, but for the workers of Ray. disk_seconds: the
-    time in which any program of the machine waited for a disk; None if the system does not tell. A program that
+    time in which any program of the machine waited for a disk; None if the system does not report it. A program that
     reports nothing has None for its waits, and at least the peak memory of its parent: Linux counts from the fork.
     """
 

@@ -74,7 +74,7 @@ class _Column:
 def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str:
     """Return the text of a task.yaml that reads this folder.
 
-    roles: {diagnosis, lesion_id, group or view: column}, for columns whose names do not tell their role.
+    roles: {diagnosis, lesion_id, group or view: column}, for columns whose names do not show their role.
 
     Raises DataError for a folder without photos or a table of them, for a column in `roles` that the table lacks, or if
     no column looks like a diagnosis.
@@ -96,7 +96,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
     columns = _identifying_columns(table, unused, given, several_views=bool(view) or len(images) == 2)
     diagnosis, diagnoses = _diagnoses(table, unused, given)
-    finer = {name for name in unused if diagnosis and _tells(table, name, diagnosis)}
+    finer = {name for name in unused if diagnosis and _implies_diagnosis(table, name, diagnosis)}
     plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
     name = re.sub(r"[^a-z0-9_]+", "_", plain.lower()).strip("_")
     lines = [
@@ -141,8 +141,8 @@ def _identifying_columns(
     }
 
 
-def _tells(table: Table, name: str, diagnosis: str) -> bool:
-    """Return whether a few words of a column, each in several rows, tell the diagnosis of every row that has one."""
+def _implies_diagnosis(table: Table, name: str, diagnosis: str) -> bool:
+    """Return whether a few words of a column, each in several rows, imply the diagnosis of every row that has one."""
     rows = Counter(zip(table.cells[name].to_pylist(), table.cells[diagnosis].to_pylist(), strict=True))
     known = {pair: count for pair, count in rows.items() if not any(map(is_missing, pair))}
     words, labels = (len({pair[at] for pair in known}) for at in (0, 1))
@@ -152,7 +152,7 @@ def _tells(table: Table, name: str, diagnosis: str) -> bool:
 def _input_lines(unused: dict[str, _Column], finer: set[str]) -> list[str]:
     """Return the YAML lines of the concepts and fields, and comments on the columns that are left out.
 
-    finer: columns that tell the diagnosis.
+    finer: columns that imply the diagnosis.
     """
     concepts = _concept_prefix(unused) or _criteria(unused)
     fields, not_used = _fields(unused, finer)

@@ -162,7 +162,7 @@ def check_content(raw: dict[str, Any], path: Path) -> IndexContent:
         else:
             what = f"{entry:.100} {first['msg'].removeprefix('Value error, ').replace('Input should', 'should')}"
         raise DataError(f"{path}: {one_line(what)}; {AGAIN}") from None
-    names = Counter(shard.url.lower() for shard in content.shards)  # some file systems do not tell case apart
+    names = Counter(shard.url.lower() for shard in content.shards)  # some file systems ignore case
     if twice := next((name for name, count in names.items() if count > 1), None):
         raise DataError(f"{path}: lists the shard {twice} twice; {AGAIN}")
     return content

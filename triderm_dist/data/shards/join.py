@@ -37,7 +37,7 @@ from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError
 
 PROBE = 4096
-"""Bytes of a photo that are read to tell it from others."""
+"""Bytes of a photo that are read to distinguish it from others."""
 
 
 def join_sets(

@@ -111,7 +111,7 @@ def modalities(task: Task) -> list[str]:
 
 
 def levels_of(task: Task) -> np.ndarray:
-    """Return (C, number of modalities) levels from 0 to 1, with as few steps as tell the diagnoses apart.
+    """Return (C, number of modalities) levels from 0 to 1, with as few steps as distinguish the diagnoses.
 
     Each diagnosis takes the levels that differ from those before it in as many modalities as possible.
     """

@@ -48,7 +48,7 @@ def head(content: Content) -> Section:
 
 
 def _inputs(content: Content) -> str:
-    """Name what the networks read, as far as the task tells."""
+    """Name what the networks read, as far as the task says."""
     views = [f"{view.label} photos" for view in content.task.views]
     concepts = ["concept scores"] if content.table.concept_names else []
     words = [*views, *concepts, *(["metadata"] if content.task.fields else [])]

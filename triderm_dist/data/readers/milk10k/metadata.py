@@ -29,7 +29,7 @@ class MetadataColumns:
 
     names: (L,) the id of each lesion, in the order of first appearance.  codes: (N,) the lesion of each row.
     lesions: number of lesions with a valid id.  photos: (N,) position of each row's photo, -1 if it is missing.
-    unusual: (L,) bool, whether the lesion's rows hold anything that may be invalid; `recheck` tells.
+    unusual: (L,) bool, whether the lesion's rows hold anything that may be invalid; `recheck` decides.
     """
 
     def __init__(self, table: Table, task: Task, scores: Sequence[str], mark_missing: bool) -> None:
