@@ -12,6 +12,7 @@ from pydantic import Field
 from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import cli
 from triderm_dist.config import Experiment, load
+from triderm_dist.runtime.signals import BAD_INPUT
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.settings import Section
 
@@ -39,7 +40,7 @@ def run(kind: type[Section], *words: str, capsys: pytest.CaptureFixture[str]) ->
 def test_setting_without_effect_is_refused_naming_its_programs(words, capsys):
     code, _, error = run(Program, *words, capsys=capsys)
     key = words[0].partition("=")[0]
-    assert code == cli.BAD_INPUT and error.count("\n") == 1
+    assert code == BAD_INPUT and error.count("\n") == 1
     assert error.startswith(f"error: {key}") and "programs that use it: train, report" in error
 
 

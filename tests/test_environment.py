@@ -30,6 +30,8 @@ def start(main, *words: str) -> int:
 
 
 def test_each_start_is_recorded_with_its_exit_code(run, tmp_path):
+    (run / "log.txt").touch()
+
     def fail(error):
         def main(config):
             raise error

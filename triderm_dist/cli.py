@@ -21,7 +21,7 @@ from typing import get_origin
 
 from triderm_dist import __version__
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
-from triderm_dist.environment import recorded
+from triderm_dist.environment import lacks_log, recorded
 from triderm_dist.files import check_no_file, remove_dead_parts
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import one_line, printable
@@ -30,6 +30,7 @@ from triderm_dist.runtime.rank_variables import check_rank_variables
 from triderm_dist.runtime.redact import redacted_output, remember
 from triderm_dist.runtime.run_log import LOG_FOLDER, RunLog
 from triderm_dist.runtime.signals import (
+    BAD_INPUT,
     INTERRUPTED,
     SIGNALS,
     cleaning_up,
@@ -41,8 +42,6 @@ from triderm_dist.runtime.signals import (
 from triderm_dist.runtime.usage import report_usage
 from triderm_dist.schema import Busy, ConfigError, InputError
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
-
-BAD_INPUT = 2
 
 
 class Interrupted(Exception):
@@ -81,7 +80,10 @@ def run(
     print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
+    run_log: RunLog | None = None
+
     def work() -> None:
+        nonlocal run_log
         config = read_settings(kind, arguments, users, locate)
         if print_config:
             print(as_yaml(config), end="")
@@ -92,7 +94,8 @@ def run(
             folder = config.log_folder if isinstance(config, Experiment) else os.environ.get(LOG_FOLDER)
             if folder and os.environ.get("RANK", "0") == "0":
                 words = shlex.join(["triderm", program_of(main), *arguments])
-                log.enter_context(RunLog(Path(folder), f"{words} ({__version__})"))
+                held = lacks_log(Path(folder))  # an export stays as it is where a program refuses to work in it
+                run_log = log.enter_context(RunLog(Path(folder), f"{words} ({__version__})", held))
             if isinstance(config, Experiment) and config.is_stage:
                 remove_dead_parts(config.folder, config.folder / "report", config.folder / "towers")
                 with recorded(config.folder, program_of(main), exit_code):
@@ -102,6 +105,8 @@ def run(
 
     with _process(), ExitStack() as log:  # open until the line of an error is printed
         status = _status_of(work)
+        if run_log and status == BAD_INPUT:
+            run_log.discard()
         report_usage()
     _exit(status)
 

@@ -24,6 +24,8 @@ from triderm_dist import __version__
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.files import lock_file, write_json
+from triderm_dist.runtime.run_log import LOG_FILE
+from triderm_dist.runtime.signals import BAD_INPUT
 from triderm_dist.runtime.terminal import wrapped
 
 ENVIRONMENT_FILE = "environment.json"
@@ -66,12 +68,17 @@ class _Keys(BaseModel):
         return self
 
 
+def lacks_log(folder: Path) -> bool:
+    """Return whether a folder holds the settings of a run, but no log, as an exported one."""
+    return (folder / CONFIG_FILE).exists() and not (folder / LOG_FILE).exists()
+
+
 @contextmanager
 def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
     """Add the start, duration and exit code of a program to the environment.json of a run; on rank 0 only.
 
-    exit_code: the exit code of an exception, as a function of it. Adds nothing if the folder is not a run's, and
-    never makes a program fail.
+    exit_code: the exit code of an exception, as a function of it. Adds nothing if the folder is not a run's, or is an
+    exported one (`lacks_log`) that the program refuses, and never makes a program fail.
     """
     started, clock, code = datetime.now(UTC), time.perf_counter(), 0
     try:
@@ -80,7 +87,8 @@ def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
         code = exit_code(error)
         raise
     finally:
-        if os.environ.get("RANK", "0") == "0" and (folder / CONFIG_FILE).exists():
+        is_recorded = (folder / CONFIG_FILE).exists() and not (code == BAD_INPUT and lacks_log(folder))
+        if os.environ.get("RANK", "0") == "0" and is_recorded:
             start = {
                 "program": program,
                 "started": started.isoformat(timespec="seconds"),

@@ -22,11 +22,12 @@ from types import FrameType
 from typing import Any
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
-from triderm_dist.cli import BAD_INPUT, Interrupted
+from triderm_dist.cli import Interrupted
 from triderm_dist.environment import record_stage
 from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_json
 from triderm_dist.runtime.run_log import LOG_FOLDER
 from triderm_dist.runtime.signals import (
+    BAD_INPUT,
     INTERRUPTED,
     SIGNALS,
     end_at_once,

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -73,6 +74,31 @@ def test_program_logs_its_output_and_its_error_on_rank_0(tmp_path, monkeypatch, 
     text = (tmp_path / "log.txt").read_text()
     title = re.escape(f"triderm test_run_log output={tmp_path} seed=3 ({__version__})")
     assert re.fullmatch(HEADER + title + "\nworking\nerror: age: not a number\n", text)
+
+
+def test_exported_run_in_which_a_program_fails_stays_as_it_is(tmp_path):
+    """It holds the settings, but no log."""
+
+    def work(error: Exception | None) -> list[str]:
+        def main(config: Logged) -> None:
+            print("working")
+            assert not (run / "log.txt").exists()
+            if error:
+                raise error
+
+        with suppress(SystemExit, ZeroDivisionError):
+            cli.run(Logged, main, None, [f"run={run}"])
+        return sorted(path.name for path in run.iterdir())
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("models: {a: {}}\n")
+    assert work(InputError("no training set")) == ["config.yaml"]
+    assert work(None) == [".environment.lock", "config.yaml", "environment.json", "log.txt"]
+    assert (run / "log.txt").read_text().endswith("\nworking\n")
+    (run / "log.txt").unlink()
+    assert "log.txt" in work(ZeroDivisionError())  # a fault of the program is kept
+    assert "ZeroDivisionError" in (run / "log.txt").read_text()
 
 
 def test_traceback_of_an_unexpected_error_is_logged(tmp_path):

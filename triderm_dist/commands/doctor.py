@@ -12,9 +12,10 @@ import sys
 
 from pydantic import Field
 
-from triderm_dist.cli import BAD_INPUT, print_error, run
+from triderm_dist.cli import print_error, run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import MAX_SECONDS, Experiment
+from triderm_dist.runtime.signals import BAD_INPUT
 from triderm_dist.schema import InputError
 from triderm_dist.settings import PathText
 

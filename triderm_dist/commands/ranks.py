@@ -19,10 +19,8 @@ from typing import Any
 
 from triderm_dist.commands import names
 from triderm_dist.runtime.process import prepare_process, tolerate_closed_output
-from triderm_dist.runtime.signals import INTERRUPTED, LAUNCHER
+from triderm_dist.runtime.signals import BAD_INPUT, INTERRUPTED, LAUNCHER
 
-BAD_INPUT = 2
-"""As in triderm_dist.cli, which takes so long to import that a signal could arrive before the handlers are set."""
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from triderm_dist.cli import BAD_INPUT, Interrupted, print_error
+from triderm_dist.cli import Interrupted, print_error
 from triderm_dist.distributed.library_errors import DOCTOR, permanent_fault, reason_of
-from triderm_dist.runtime.signals import INTERRUPTED
+from triderm_dist.runtime.signals import BAD_INPUT, INTERRUPTED
 from triderm_dist.schema import InputError
 
 BEAT_SECONDS = 2.0

@@ -27,10 +27,12 @@ class RunLog:
     Nothing is written before the folder exists; where it cannot be written to, the program runs without a log. Lines
     of several processes do not mix: each is appended by one write. Colors, secrets and what a progress bar
     overwrote are removed.
+
+    held: write nothing before the end, and nothing at all after `discard`.
     """
 
-    def __init__(self, folder: Path, title: str) -> None:
-        self._path = folder / LOG_FILE
+    def __init__(self, folder: Path, title: str, held: bool = False) -> None:
+        self._path, self._held = folder / LOG_FILE, held
         self._waiting = [f"\n=== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {title}\n"]
         self._partial: dict[str, str] = {}
         self._handle: int | None = None
@@ -50,6 +52,9 @@ class RunLog:
         for stream, text in list(self._partial.items()):
             if text:
                 self.add(stream, "\n")
+        if self._held and len(self._waiting) > 1:
+            self._held = False
+            self._write()
         if self._handle is not None:
             os.close(self._handle)
 
@@ -62,7 +67,14 @@ class RunLog:
             if shown:
                 self._write()
 
+    def discard(self) -> None:
+        """Forget the lines that are held."""
+        if self._held:
+            self._waiting.clear()
+
     def _write(self) -> None:
+        if self._held:
+            return
         try:
             if self._handle is None:
                 if not self._path.parent.is_dir():

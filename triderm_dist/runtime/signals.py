@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+BAD_INPUT = 2
+"""Exit code of a program that refuses its input."""
 INTERRUPTED = 3
 """Exit code of a program that was stopped, and resumes when the same command is run again."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
