@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from triderm_dist.files import LOCK_SECONDS, exclusive_lock
+from triderm_dist.files import LOCK_SECONDS, exclusive_lock, lock_part, new_folder
 from triderm_dist.schema import Busy, InputError
 
 
@@ -70,3 +70,36 @@ def test_seconds_that_are_no_number_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv(LOCK_SECONDS, "long")
     with pytest.raises(InputError, match="TRIDERM_LOCK_SECONDS=long: not a number"):
         exclusive_lock(tmp_path / "lock", "").__enter__()
+
+
+def test_folder_for_unfinished_work_that_is_none_is_kept(tmp_path):
+    part = tmp_path / "out.part"
+    part.mkdir()
+    (part / "notes.txt").write_text("mine")
+    message = rf"{part}: is the name for unfinished work, and something else is there; move or delete it"
+    for context in (lock_part(part, "in use"), new_folder(tmp_path / "out")):
+        with pytest.raises(InputError, match=message), context:
+            pass
+    assert (part / "notes.txt").read_text() == "mine" and [path.name for path in part.iterdir()] == ["notes.txt"]
+    (part / "notes.txt").rename(tmp_path / "file.part")
+    for name in ("out", "new"):  # an empty folder, and none
+        with new_folder(tmp_path / name) as folder:
+            (folder / "a").touch()
+            folder.rename(tmp_path / name)
+    with pytest.raises(InputError, match="something else is there"), new_folder(tmp_path / "file"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.part", "new", "out"]
+
+
+def test_folder_of_a_killed_process_is_emptied_and_that_of_a_live_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv(LOCK_SECONDS, "0")
+    left = tmp_path / "out.part" / "new" / "half"
+    left.mkdir(parents=True)
+    (tmp_path / "out.part" / "lock").touch()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as folder:
+        assert not left.exists()
+        with pytest.raises(Busy, match="another process writes out; wait for it or end it"):
+            new_folder(tmp_path / "out").__enter__()
+        (folder / "b").touch()
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())

@@ -40,6 +40,8 @@ _PART = re.compile(r"\.(\d+|[\w-]+-\d+-[0-9a-f]{8})\.part$")
 """Suffix of a temporary name; earlier versions had only the process id."""
 _CLEANED: set[Path] = set()
 """Folders from which this process has removed the temporary files of killed writers."""
+PART_LOCK = "lock"
+"""File in a folder for unfinished work."""
 _UNLOCKED_SECONDS = 24 * 3600
 """Where a file system has no locks, a temporary file of this age is taken for that of a writer that was killed."""
 
@@ -321,6 +323,41 @@ def exclusive_lock(lock: Path, refusal: str) -> Iterator[int]:
         finally:
             with suppress(OSError):
                 file.truncate(0)
+
+
+@contextmanager
+def lock_part(part: Path, refusal: str) -> Iterator[None]:
+    """Hold OUTPUT.part, the folder for the work on an output, which is created if missing.
+
+    Raises InputError for a folder of that name which no program made for that, since it is removed in the end; Busy as
+    `exclusive_lock` does.
+    """
+    if _is_foreign(part):
+        time.sleep(0.5)  # a process that has just ended may be removing it
+        if _is_foreign(part):
+            raise InputError(f"{part}: is the name for unfinished work, and something else is there; move or delete it")
+    with exclusive_lock(part / PART_LOCK, refusal):
+        yield
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder in OUTPUT.part, from which the block makes `output`; removes it in the end.
+
+    Raises as `lock_part` does.
+    """
+    part = output.with_name(f"{output.name}.part")
+    with lock_part(part, f"{part}: another process writes {output.name}; wait for it or end it"):
+        try:
+            shutil.rmtree(part / "new", ignore_errors=True)  # of a process that was killed
+            (part / "new").mkdir()
+            yield part / "new"
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_foreign(part: Path) -> bool:
+    return part.exists() and not (part.is_dir() and ((part / PART_LOCK).exists() or not any(part.iterdir())))
 
 
 def _wait_for_lock(file: IO[str], refusal: str) -> None:

@@ -283,7 +283,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
     from triderm_dist.data.shards.console import print_problems, progress_bar
     from triderm_dist.data.shards.photos import describe_changes
     from triderm_dist.distributed.collectives import is_main, on_main, rank, world_size
-    from triderm_dist.files import exclusive_lock
+    from triderm_dist.files import lock_part
     from triderm_dist.inference.chunks import run_hash
     from triderm_dist.inference.output import is_written, write_predictions
 
@@ -295,7 +295,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
             if is_written(output, job.key):
                 return True
             refusal = f"{job.part}: another process predicts into it; wait for it or end it"
-            stack.enter_context(exclusive_lock(job.part / "lock", refusal))
+            stack.enter_context(lock_part(job.part, refusal))
             return False
 
         if on_main(prepare):

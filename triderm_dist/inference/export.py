@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from triderm_dist.config import Networks
 from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
-from triderm_dist.files import file_sha256, size_text, write_json
+from triderm_dist.files import file_sha256, new_folder, size_text, write_json
 from triderm_dist.inference.exported_files import BATCHES, SUFFIXES, check_installed, versions, write_network
 from triderm_dist.inference.exported_network import ExportedNetwork, describe
 from triderm_dist.inference.networks import NetworkLoader, Preprocessing
@@ -43,8 +42,8 @@ def export_run(
     all members of the ensemble, and all folds.  license_name: the hub's identifier of the license, in the metadata of
     `hub`.  report: gets lines on what was written.
 
-    Raises InputError if the run is incomplete, the output exists, or a network's file does not compute what the
-    network computes.
+    Raises Busy where another process writes the output; InputError if the run is incomplete, the output exists, or a
+    network's file does not compute what the network computes.
     """
     if output.exists():
         raise ConfigError(f"output={output}: exists; remove it, or set another output")
@@ -55,10 +54,7 @@ def export_run(
     if folds is not None and networks == "refit":
         raise ConfigError("folds: a refit has one network per model; remove the setting")
     run = open_run_folder(run_folder, networks)
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by an export that was killed
-    part.mkdir(parents=True)
-    try:
+    with new_folder(output) as part:
         if kind == "zip":
             write_slim_run(run, part)
             write_zip(part, output)
@@ -71,8 +67,6 @@ def export_run(
             _write_networks(run, part, kind, models, folds, report)
         part.rename(output)
         report(f"{output}: {size_text(sum(file.stat().st_size for file in output.rglob('*')))}")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_networks(

@@ -170,7 +170,7 @@ def test_two_processes_do_not_write_one_set(dataset: Dataset, tmp_path: Path, mo
     (tmp_path / "out.part").mkdir()
     with (
         exclusive_lock(tmp_path / "out.part" / "lock", ""),
-        pytest.raises(Busy, match="another process is joining sets here"),
+        pytest.raises(Busy, match="another process writes out; wait for it or end it"),
     ):
         join_sets([index], [everything(index)], tmp_path / "out")
     (tmp_path / "out.part" / "shards").mkdir()  # of a process that was killed

@@ -32,7 +32,7 @@ from triderm_dist.data.shards.index_schema import MAX_SELECTED
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import exclusive_lock
+from triderm_dist.files import new_folder
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError
 
@@ -59,17 +59,12 @@ def join_sets(
         raise DataError(f"{output}: exists; choose another output folder or delete this one")
     _check_alike(sets)
     _check_distinct(sets, keep)
-    part = output.with_name(f"{output.name}.part")
     try:
-        with exclusive_lock(part / "lock", f"{part}: another process is joining sets here; wait for it or end it"):
+        with new_folder(output) as folder:
             if output.exists():  # joined by another process in the meantime
                 raise DataError(f"{output}: exists; choose another output folder or delete this one")
-            try:
-                shutil.rmtree(part / "shards", ignore_errors=True)  # of a process that was killed
-                _write(sets, list(_tars(sets, keep)), part / "shards", selected, progress)
-                (part / "shards").rename(output)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+            _write(sets, list(_tars(sets, keep)), folder, selected, progress)
+            folder.rename(output)
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}; fix that and run it again") from None
     return read_index(output)
@@ -82,8 +77,7 @@ def _write(
     selected: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Write the tars and the index of the new set into a new folder."""
-    folder.mkdir()
+    """Write the tars and the index of the new set into an empty folder."""
     files, tables = [tar.file for tar in tars], _tables(tars, sets[0].concepts, _photos(tars, folder, progress))
     problems = [problem for index in sets for problem in index.problems]
     write_index(folder, tables, files, sets[0].task, sets[0].concepts, problems, _about(sets, selected))

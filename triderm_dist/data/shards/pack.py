@@ -44,6 +44,7 @@ from triderm_dist.data.shards.shard_writer import ShardWriter
 from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
+from triderm_dist.files import PART_LOCK
 from triderm_dist.runtime.memory import return_freed_memory
 from triderm_dist.schema import DataError
 from triderm_dist.tasks import check_packed_for, recorded_task
@@ -212,7 +213,7 @@ class _Packer:
             return index
         if packed_for != self.task:  # in titles, for example
             write_checked_json(folder / INDEX, {**found, "task": self.task.to_mapping()})
-        if self.part.path.is_dir() and not (self.part.path / "shards").exists():
+        if (self.part.path / PART_LOCK).exists() and not (self.part.path / "shards").exists():
             shutil.rmtree(self.part.path)  # left by a run that was killed after the rename
         return read_index(folder)
 

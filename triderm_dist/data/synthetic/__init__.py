@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
-from triderm_dist.files import naming_file, resolve_dots
+from triderm_dist.files import naming_file, new_folder, resolve_dots
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
 
@@ -53,10 +52,7 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
             return False
         raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
     output = resolve_dots(output)
-    temporary = output.with_name(output.name + ".part")
-    if temporary.exists():
-        shutil.rmtree(temporary)  # left by a run that was killed
-    try:
+    with new_folder(output) as temporary:
         train, test, truth = (temporary / name for name in ("train", "test", "truth"))
         for folder in (train, test, truth):
             folder.mkdir(parents=True)
@@ -66,9 +62,6 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
             text = README.format(title=task.title or task.name)
             (temporary / "README.txt").write_text(f"{text}\n{settings}\n", encoding="utf-8")
         temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return True
 
 
