@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -219,3 +222,21 @@ def test_sets_behind_urls_are_joined(
     }
     with pytest.raises(ConfigError, match="output=s3://bucket/both: not a local folder"):
         main(JoinConfig(sets=(str(tmp_path / "a"),), output="s3://bucket/both"))
+
+
+def test_full_disk_is_named_by_the_copy(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the tar that is copied, where the file system has no links."""
+
+    def no_links(*paths: Path) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    index = pack(dataset, tmp_path / "all")
+    monkeypatch.setattr(os, "link", no_links)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (index.bytes // 2, hard))
+    try:
+        with pytest.raises(DataError, match=r"out\.part/new/[\w.-]+\.tar: File too large; fix that and run it again$"):
+            join_sets([index], [everything(index)], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -32,7 +31,7 @@ from triderm_dist.data.shards.index_schema import MAX_SELECTED
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import new_folder
+from triderm_dist.files import copy_file, new_folder
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError
 
@@ -154,7 +153,7 @@ def _link(tar: _Tar, target: Path) -> None:
         try:
             os.link(source.resolve(), target)
         except OSError:  # another file system, or one without links
-            shutil.copyfile(source, target)
+            copy_file(source, target)
 
 
 def _tables(tars: Sequence[_Tar], concepts: tuple[str, ...], photos: Sequence[np.ndarray]) -> Iterator[pa.Table]:
