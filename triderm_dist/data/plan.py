@@ -103,9 +103,9 @@ class EpochPlan:
     def order(self) -> np.ndarray:
         return self.rows_at(slice(None))
 
-    def rows_at(self, places: np.ndarray | slice) -> np.ndarray:
-        """Return the part of `order` at these places."""
-        return self.samples.rows[self._arranged[0][places]]
+    def rows_at(self, positions: np.ndarray | slice) -> np.ndarray:
+        """Return the part of `order` at these positions."""
+        return self.samples.rows[self._arranged[0][positions]]
 
     @property
     def copies(self) -> np.ndarray:
@@ -159,7 +159,7 @@ class EpochPlan:
             keys >>= window_bits
             keys |= windows << (np.uint64(64) - window_bits) if window_bits else np.uint64(0)
             begin, end = begin // window * window, np.minimum(-(-end // window) * window, number)
-        order = _sorted(keys)
+        order = _argsort(keys)
         del keys
         if self.sampling.kind == "shuffle":
             return order, once
@@ -170,33 +170,33 @@ class EpochPlan:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Add the repeats of samples to `order` (N,), which has each once; return samples and copy numbers, (T,).
 
-        The places begin to end (exclusive) of each shard, or of all, are a circle for its samples. A sample with r
-        repeats cuts it into r stretches of equal length, which begin at its own place. Each further repeat is at a
-        random place in the first half of its stretch. So two repeats are at least half a stretch apart, and samples
+        The positions begin to end (exclusive) of each shard, or of all, are a circle for its samples. A sample with r
+        repeats cuts it into r stretches of equal length, which begin at its own position. Each further repeat is at a
+        random position in the first half of its stretch. So two repeats are at least half a stretch apart, and samples
         that share a batch once do not share the next one too.
         """
         repeated, repeats = self._repeats
-        place = np.empty(len(order), order.dtype)
-        place[order] = np.arange(len(order), dtype=order.dtype)
+        position = np.empty(len(order), order.dtype)
+        position[order] = np.arange(len(order), dtype=order.dtype)
         shard = np.zeros_like(repeated) if self.sampling.window is None else self.samples.shards[repeated]
         first, length = begin[shard], (end - begin)[shard]
         additional = repeats - 1
         copies = np.arange(1, additional.sum() + 1) - np.repeat(np.cumsum(additional) - additional, additional)
         at = copies + 0.5 * random.random(len(copies))
         at *= np.repeat(length / repeats, additional)
-        at += np.repeat(place[repeated] - first, additional)
+        at += np.repeat(position[repeated] - first, additional)
         np.mod(at, np.repeat(length, additional), out=at)
         at += np.repeat(first, additional)
-        # Sort keys: the place, as a fixed-point number in the bits that the index leaves.
+        # Sort keys: the position, as a fixed-point number in the bits that the index leaves.
         index_bits = _index_bits(len(at))
         fraction_bits = min(24, 64 - int(_index_bits(len(order) + 1) + index_bits))
-        by_place = _sorted((at * 2.0**fraction_bits).astype(np.uint64) << index_bits)
-        into = np.minimum(at.astype(np.int64), len(order) - 1)[by_place] + np.arange(1, len(at) + 1)
+        by_position = _argsort((at * 2.0**fraction_bits).astype(np.uint64) << index_bits)
+        into = np.minimum(at.astype(np.int64), len(order) - 1)[by_position] + np.arange(1, len(at) + 1)
         result, numbers = np.empty(len(order) + len(at), order.dtype), np.zeros(len(order) + len(at), np.int32)
         once = np.ones(len(result), bool)
         once[into] = False
-        result[once], result[into] = order, np.repeat(repeated, additional)[by_place]
-        numbers[into] = copies[by_place]
+        result[once], result[into] = order, np.repeat(repeated, additional)[by_position]
+        numbers[into] = copies[by_position]
         return result, numbers
 
     @functools.cached_property
@@ -228,7 +228,7 @@ class EpochPlan:
 @dataclass(frozen=True)
 class _Repeated:
     """A diagnosis whose samples are repeated in an epoch: each of its `members` `integer` times, and one more time
-    those at the places `chosen` of a random order, modulo their number.
+    those at the positions `chosen` of a random order, modulo their number.
     """
 
     diagnosis: int
@@ -281,7 +281,7 @@ def _index_bits(number: int) -> np.uint64:
     return np.uint64(int(max(number - 1, 0)).bit_length())
 
 
-def _sorted(keys: np.ndarray) -> np.ndarray:
+def _argsort(keys: np.ndarray) -> np.ndarray:
     """Return the order (T,) by the leading bits of the keys (T,) uint64, then by index; overwrites the keys.
 
     The index takes the place of the last bits: sorting keys is ten times faster than an argsort, and no two keys are

@@ -83,8 +83,8 @@ def _configure_compiler() -> None:
 
 def _with_cast_weights(block: nn.Module, forward: Forward) -> Forward:
     """Return `forward` of a block with its weights cast in one kernel under autocast."""
-    places = _places(block)
-    if not places:
+    slots = _cast_slots(block)
+    if not slots:
         return forward
     kept = _KeptCasts()
 
@@ -92,21 +92,21 @@ def _with_cast_weights(block: nn.Module, forward: Forward) -> Forward:
         device = next((each.device.type for each in inputs if isinstance(each, Tensor)), "cpu")
         if not torch.is_autocast_enabled(device):
             return forward(*inputs)
-        weights = [parameters[name] for parameters, name in places]
+        weights = [parameters[name] for parameters, name in slots]
         try:
             for (parameters, name), cast in zip(
-                places, kept.cast(weights, torch.get_autocast_dtype(device)), strict=True
+                slots, kept.cast(weights, torch.get_autocast_dtype(device)), strict=True
             ):
                 parameters[name] = cast
             return forward(*inputs)
         finally:
-            for (parameters, name), weight in zip(places, weights, strict=True):
+            for (parameters, name), weight in zip(slots, weights, strict=True):
                 parameters[name] = weight
 
     return run
 
 
-def _places(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
+def _cast_slots(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Return (parameters of a module, name) of each parameter of a block that autocast casts.
 
     Excludes those of a `Head`, which computes in float32, and those that a parametrization (LoRA) computes.
