@@ -41,7 +41,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.environment import describe_commit
 from triderm_dist.files import write_text
-from triderm_dist.runtime.child_processes import environment
+from triderm_dist.runtime.child_processes import environment_variables
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import InputError
 from triderm_dist.settings import PathText, Section
@@ -284,7 +284,7 @@ def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell],
     # Without limits, thirteen processes with a thread of OpenMP and of the compiler for each core finished nothing in
     # 80 s on 16 cores, where two took 27 s.
     limits = {"TORCHINDUCTOR_COMPILE_THREADS": f"{COMPILE_THREADS}", "OMP_NUM_THREADS": "1"}
-    with environment(limits), ThreadPoolExecutor(at_once) as pool:
+    with environment_variables(limits), ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda job: in_process(config, results, [job], soon), jobs))
     rest = [cell for cell in todo if cell not in counts]
     late = [cell for cell in rest if cell.compiles and not results.is_done(compilation(*cell.compiles).name)]

@@ -25,7 +25,7 @@ class Failing(io.StringIO):
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ECONNRESET])
-def test_work_goes_on_where_nobody_reads(number, monkeypatch):
+def test_closed_output_does_not_end_the_work(number, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Failing(number))
     with process.tolerate_closed_output():
         print("a line", flush=True)

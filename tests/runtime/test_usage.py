@@ -38,7 +38,7 @@ def test_cpu_time_memory_and_waits_of_a_process_and_its_children(tmp_path):
 
 def test_children_of_a_fork_server_are_counted(tmp_path):
     code = (
-        "from triderm_dist.ensemble.child_process import run_in_child\n"
+        "from triderm_dist.ensemble.stacker_process import run_in_child\n"
         "from triderm_dist.runtime import usage\n"
         "from tests.runtime.test_usage import burn\n"
         "if __name__ == '__main__':\n"

@@ -21,7 +21,6 @@ from triderm_dist.config import Experiment, import_plugins
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
 from triderm_dist.ensemble.calibration import fit_temperature, member_probabilities
-from triderm_dist.ensemble.child_process import run_in_child
 from triderm_dist.ensemble.columns import BATCH, ColumnFile, Columns
 from triderm_dist.ensemble.fitted_stacker import (
     FittedStacker,
@@ -51,6 +50,7 @@ from triderm_dist.ensemble.sampling import search_rows
 from triderm_dist.ensemble.score_table import TITLES, Row, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
+from triderm_dist.ensemble.stacker_process import run_in_child
 from triderm_dist.ensemble.weights import Choice, Fitting, NestedEstimate, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
 from triderm_dist.intervals import MOST_DECIMALS, Interval

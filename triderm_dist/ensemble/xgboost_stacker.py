@@ -23,8 +23,8 @@ from triderm_dist.config import StackConfig
 from triderm_dist.data.folds import split_parts
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.boosted_trees import BoostedTrees
-from triderm_dist.ensemble.child_process import set_passive_openmp
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
+from triderm_dist.ensemble.stacker_process import set_passive_openmp
 from triderm_dist.files import atomic_path
 from triderm_dist.runtime.extras import is_installed
 from triderm_dist.schema import DataError

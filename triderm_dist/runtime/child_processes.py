@@ -51,7 +51,7 @@ class _Running:
 
 
 @contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
     """Context in which processes that are started get these environment variables."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -76,7 +76,9 @@ def start_server(modules: Sequence[str]) -> None:
     from multiprocessing import forkserver
 
     forkserver.set_forkserver_preload(list(modules))
-    with environment({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}):
+    with environment_variables(
+        {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    ):
         forkserver.ensure_running()
 
 

@@ -1,4 +1,4 @@
-"""Run a function in a child process, and keep idle OpenMP threads from slowing down busy ones."""
+"""Fit the stacker in a child process, and keep idle OpenMP threads from slowing down busy ones."""
 
 from __future__ import annotations
 
