@@ -42,7 +42,7 @@ from triderm_dist.engine.evaluate import Evaluation, mean_outputs
 from triderm_dist.engine.fold import as_predictions
 from triderm_dist.inference.chunks import PredictionJob
 from triderm_dist.inference.networks import LoadedModel, NetworkLoader
-from triderm_dist.inference.output import write_predictions
+from triderm_dist.inference.output import write_output
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
 from triderm_dist.inference.table import read_input
@@ -140,7 +140,7 @@ def predict(predictor: Predictor, lesions: PhotoSet, output: Path) -> np.ndarray
     job.run()
     table = job.result()[0]
     task = predictor.run.task
-    write_predictions(output, table, task, {})
+    write_output(output, table, task, {})
     return np.stack([table[name].to_numpy() for name in task.diagnosis_names], 1)
 
 

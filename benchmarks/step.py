@@ -361,7 +361,7 @@ def in_fresh_process(
 ) -> Any:
     """Call a function in a new process."""
     context = multiprocessing.get_context("spawn")
-    with child_processes.environment(environment or {}), ProcessPoolExecutor(1, context) as pool:
+    with child_processes.environment_variables(environment or {}), ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -22,7 +22,7 @@ from triderm_dist.data.token_cache import HEADER, TokenCache
 from triderm_dist.engine.checkpoint import Checkpoints
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.network_files import load_weights, read_info
-from triderm_dist.ensemble.artifact import read_json
+from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import read_nested
@@ -125,7 +125,7 @@ def reader_of(path: Path) -> Callable[[], object]:
     if path.name.startswith("embeddings"):
         return lambda: read_embeddings(path, np.array(["a", "b"], object))
     if path.name == "ensemble.json":
-        return lambda: read_json(path)
+        return lambda: read_artifact(path)
     if path.name in ("stack.json", "stack.ubj"):
         rows = np.random.default_rng(0).normal(size=(4, FittedStacker.load(path.with_name("stack.json")).width))
         return lambda: FittedStacker.load(path.with_name("stack.json")).predict(rows.astype(np.float32))

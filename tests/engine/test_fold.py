@@ -29,7 +29,7 @@ from triderm_dist.config import (
 )
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import (
-    check_task,
+    check_run_task,
     is_fold_finished,
     result_hash,
     result_hashes,
@@ -84,7 +84,7 @@ def test_run_with_folds_of_another_task_is_refused(old_run):
     with pytest.raises(DataError, match=re.escape(message)):
         run_folds(settings(old_run), index, ["frozen"], [1])  # also where this fold is not trained yet
     assert [path.name for path in (old_run / "tri").iterdir()] == ["fold-0"]
-    check_task(settings(old_run), SimpleNamespace(task=milk10k_task()))
+    check_run_task(settings(old_run), SimpleNamespace(task=milk10k_task()))
 
 
 def test_obsolete_explain_setting_is_accepted_only_if_empty():

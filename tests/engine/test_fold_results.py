@@ -7,7 +7,7 @@ import pytest
 
 from tests.synthetic_run import predictions_of
 from triderm_dist.config import Experiment, load
-from triderm_dist.engine.fold_results import fold_results, later_seconds, results_table
+from triderm_dist.engine.fold_results import fold_results, fold_table, later_seconds
 from triderm_dist.files import write_text
 from triderm_dist.predictions import write_predictions
 
@@ -39,7 +39,7 @@ def test_table_of_folds_and_of_all_their_lesions(experiment):
     write_fold(experiment, "a", 1, 50.0, (0.6, 0.5, 0.4), correct=3)
     write_fold(experiment, "b", 0, None, (0.1,), correct=0)
     results = fold_results(experiment, ["a"], [0, 1])
-    assert results_table(results).splitlines() == [
+    assert fold_table(results).splitlines() == [
         "model  fold  macro F1    AUC  best epoch     time",
         "a         0     1.000  1.000      2 of 3  0:01:40",
         "a         1     0.333  0.500      1 of 3  0:00:50",

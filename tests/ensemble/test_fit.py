@@ -13,7 +13,7 @@ from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.checksums import read_checked_json, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import calibration, predict
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, write_test_results
 from triderm_dist.ensemble.run_files import read_nested
@@ -71,7 +71,7 @@ def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     write_run(tmp_path, 150)
     notes = fit_ensemble(tmp_path, experiment(tmp_path, use="trimodal", enabled=False)).notes
     assert any(note.startswith("as ensemble.use says, trimodal predicts; the ensemble ") for note in notes)
-    alone, fitted = Ensemble.load(tmp_path / "ensemble.json"), read_json(tmp_path / "ensemble.json", schema=FitKeys)
+    alone, fitted = Ensemble.load(tmp_path / "ensemble.json"), read_artifact(tmp_path / "ensemble.json", schema=FitKeys)
     assert alone.members == ("trimodal",) and alone.weights.tolist() == [1.0] and len(alone.temperatures) == 1
     assert [*fitted["weights_of"]] == [*MODELS] and set(fitted["picks"].values()) == {"trimodal"}
     rows = fitted["scores"]
@@ -108,7 +108,7 @@ def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> N
 
 def assert_choice_is_told(folder: Path, fit: Fit) -> None:
     """Compare the note on what predicts with the comparisons in ensemble.json."""
-    choice = read_json(folder / "ensemble.json", schema=FitKeys)["choice"]
+    choice = read_artifact(folder / "ensemble.json", schema=FitKeys)["choice"]
     assert choice["used"] == fit.chosen
     (note,) = [note for note in fit.notes if "predicts" in note]
     for key in ("difference", "stacker"):

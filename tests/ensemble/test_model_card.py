@@ -10,7 +10,7 @@ from tests.synthetic_run import CLINIC, write_run
 from triderm_dist import cli
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import Experiment, save
-from triderm_dist.ensemble.artifact import read_json
+from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.model_card import write_card
 from triderm_dist.environment import record_data, recorded
@@ -32,7 +32,7 @@ def card_of(config: Experiment) -> str:
 
 def test_card_holds_the_scores_with_intervals_and_every_diagnosis(config):
     text = card_of(config)
-    score = read_json(config.folder / "ensemble.json")["scores"]["ensemble"]["nested"]
+    score = read_artifact(config.folder / "ensemble.json")["scores"]["ensemble"]["nested"]
     assert f"**{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})**" in " ".join(text.split())
     for row in ("| Nävus | nevus | no |", "| \\$x\\$ | in dollars |  |", "| [wart] | wart &amp; co | no |"):
         assert row in text

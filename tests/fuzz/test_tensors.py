@@ -22,7 +22,7 @@ from tests.small_tasks import TASKS
 from tests.synthetic_run import predictions_of
 from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_tensors
 from triderm_dist.data.token_cache import TokenCache
-from triderm_dist.models.weight_files import read_weights
+from triderm_dist.models.weight_files import read_weight_file
 from triderm_dist.predictions import (
     DataSplit,
     average_test,
@@ -67,7 +67,7 @@ def edited_safetensors(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes
 
 def use_weights(path: Path) -> None:
     """Read a file of weights as a tower does, and touch every number."""
-    for name, tensor in read_weights(path).items():
+    for name, tensor in read_weight_file(path).items():
         assert isinstance(name, str)
         tensor.to(torch.float32).sum()
 

@@ -13,7 +13,7 @@ from tests.inference.small_tower import SIZE, SMALL_TOWER
 from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
 from triderm_dist.inference.exported_files import SUFFIXES, check_installed, largest_difference, write_network
-from triderm_dist.inference.exported_network import CONCEPTS, METADATA, PRESENT, ExportedNetwork, describe
+from triderm_dist.inference.exported_network import CONCEPTS, METADATA, PRESENT, ExportedNetwork, describe_network
 from triderm_dist.inference.networks import FrozenTower
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.towers import TOWER_SOURCES
@@ -98,7 +98,7 @@ def test_onnx_computes_what_pytorch_computes(onnx, number):
 
 def test_onnx_describes_its_inputs_and_outputs(onnx):
     network, session = onnx
-    description = describe(network)
+    description = describe_network(network)
     for key, listed in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
         assert [each["name"] for each in description[key]] == [each.name for each in listed]
         assert [each["shape"] for each in description[key]] == [each.shape for each in listed]

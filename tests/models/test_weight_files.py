@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from triderm_dist.models.towers import build_tower, locate_weights
-from triderm_dist.models.weight_files import read_weights, weights_in
+from triderm_dist.models.weight_files import read_weight_file, weights_in
 from triderm_dist.models.weights import fill, without_prefix
 from triderm_dist.schema import CheckpointError, InputError
 
@@ -59,7 +59,7 @@ WRAPPED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_weights_are_read(tmp_path: Path, name: str) -> None:
-    assert equal(read_weights(saved(tmp_path / "w.pth", WRAPPED[name])), STATE)
+    assert equal(read_weight_file(saved(tmp_path / "w.pth", WRAPPED[name])), STATE)
 
 
 OTHER = {key: value + 1 for key, value in STATE.items()}
@@ -77,7 +77,7 @@ SEVERAL: dict[str, tuple[Any, str]] = {
 def test_several_versions_of_the_weights_are_refused(tmp_path: Path, name: str) -> None:
     content, names = SEVERAL[name]
     with pytest.raises(CheckpointError, match=rf"w\.pth: holds weights under {names}; save those to use"):
-        read_weights(saved(tmp_path / "w.pth", content))
+        read_weight_file(saved(tmp_path / "w.pth", content))
 
 
 def archive(**members: bytes) -> Callable[[Path], object]:
@@ -147,7 +147,7 @@ def test_other_files_are_named_whatever_their_suffix(
     path = tmp_path / f"w{suffix}"
     write(path)
     with pytest.raises(CheckpointError, match=rf"w{re.escape(suffix)}: .*{message}") as error:
-        read_weights(path)
+        read_weight_file(path)
     text = str(error.value)
     assert text.isprintable() and "weights_only" not in text and "PyTorch 2" not in text and not Path("ran").exists()
 
@@ -156,16 +156,16 @@ def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
     content: dict[str, Any] = {}
     content["model"] = content
     with pytest.raises(CheckpointError, match="holds no named tensors"):
-        read_weights(saved(tmp_path / "w.pth", content))
+        read_weight_file(saved(tmp_path / "w.pth", content))
 
 
 def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "w.bin")
-    assert equal(read_weights(tmp_path / "w.bin"), STATE)
-    assert equal(read_weights(saved(tmp_path / "w.safetensors", STATE)), STATE)
+    assert equal(read_weight_file(tmp_path / "w.bin"), STATE)
+    assert equal(read_weight_file(saved(tmp_path / "w.safetensors", STATE)), STATE)
     with pytest.raises(CheckpointError, match=r"folder\.pth: a folder, no weight file"):
         (tmp_path / "folder.pth").mkdir()
-        read_weights(tmp_path / "folder.pth")
+        read_weight_file(tmp_path / "folder.pth")
 
 
 def write_shards(folder: Path, stem: str = "model", suffix: str = ".safetensors") -> list[Path]:
@@ -181,16 +181,16 @@ def write_shards(folder: Path, stem: str = "model", suffix: str = ".safetensors"
 def test_sharded_files_are_read_by_any_part_or_their_list(tmp_path: Path, suffix: str) -> None:
     parts = write_shards(tmp_path, suffix=suffix)
     for file in (*parts, tmp_path / f"model{suffix}.index.json", weights_in(tmp_path, ("open_clip.bin",))):
-        assert equal(read_weights(file), STATE)
+        assert equal(read_weight_file(file), STATE)
     parts[1].unlink()
     for file in (parts[0], tmp_path / f"model{suffix}.index.json"):
         with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.\w+: no such file, a part of .*all 2 parts"):
-            read_weights(file)
+            read_weight_file(file)
     with pytest.raises(CheckpointError, match="a part of"):  # before training
         locate_weights(str(parts[0]))
     torch.save(STATE, parts[1])
     with pytest.raises(CheckpointError, match=r"00002-of-00002\.\w+: holds 'stem.weight', as does another part"):
-        read_weights(parts[0])
+        read_weight_file(parts[0])
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_sharded_files_are_read_by_any_part_or_their_list(tmp_path: Path, suffix
 def test_lists_of_parts_are_checked(tmp_path: Path, listed: str) -> None:
     (tmp_path / "m.safetensors.index.json").write_text(listed)
     with pytest.raises(CheckpointError, match=r"index\.json: (not a list of the parts|lists no files of its own)"):
-        read_weights(tmp_path / "m.safetensors.index.json")
+        read_weight_file(tmp_path / "m.safetensors.index.json")
 
 
 def test_one_of_several_files_of_a_folder_is_never_chosen_by_its_name(tmp_path: Path) -> None:

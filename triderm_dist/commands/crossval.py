@@ -82,21 +82,21 @@ def main(config: CrossvalRun) -> None:
         save(experiment, config.folder / CONFIG_FILE)
         record_data(config.folder, "train", data_facts(experiment, index))
         print_results(config, names)
-        gather(config, index)
+        gather_oof(config, index)
 
 
 def print_results(config: CrossvalRun, names: Sequence[str]) -> None:
     """Print the scores of the folds of some models, and send them to the trackers."""
-    from triderm_dist.engine.fold_results import LOGGED, fold_results, results_table
+    from triderm_dist.engine.fold_results import LOGGED, fold_results, fold_table
     from triderm_dist.monitoring.tracking import log_scores
 
     results = fold_results(config.experiment, names, range(config.data.folds))
-    print(results_table(results))
+    print(fold_table(results))
     scores = {f"{each.model}/fold {each.fold}/{key}": getattr(each, key) for each in results for key in LOGGED}
     log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
 
 
-def gather(config: CrossvalRun, index: ShardIndex) -> None:
+def gather_oof(config: CrossvalRun, index: ShardIndex) -> None:
     """Gather the held-out predictions of all models in oof.parquet, if all are trained."""
     from triderm_dist.engine.fold import assigned_folds
     from triderm_dist.predictions import DataSplit, find_predictions, write_gathered

@@ -105,7 +105,7 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.engine.predict_test import predict_test
     from triderm_dist.ensemble.artifact import Ensemble
     from triderm_dist.ensemble.fitted_stacker import FittedStacker
-    from triderm_dist.ensemble.predict import check_task, write_test_results
+    from triderm_dist.ensemble.predict import check_ensemble_task, write_test_results
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
 
@@ -115,7 +115,7 @@ def predict_test_set(config: PredictRun) -> None:
     members = [name for name in config.models if wanted is None or name in wanted]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     if ensemble:
-        check_task(config.folder, index.task)
+        check_ensemble_task(config.folder, index.task)
         if STACKER in ensemble.members:  # refused before the networks predict for hours
             stacker = FittedStacker.load(config.folder / STACK_FILE)
             if config.networks == "refit":
@@ -258,7 +258,7 @@ def predict_input(config: PredictRun) -> None:
     if printed:
         print_predictions(job, read)
     else:
-        write_output(config, job, read)
+        predict_to_output(config, job, read)
 
 
 def print_predictions(job: PredictionJob, read: ReadInput) -> None:
@@ -278,14 +278,14 @@ def print_predictions(job: PredictionJob, read: ReadInput) -> None:
         print(wrapped(f"note: {note}"))
 
 
-def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> None:
+def predict_to_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> None:
     """Predict in chunks on all ranks, and write the output on rank 0."""
     from triderm_dist.data.shards.console import print_problems, progress_bar
     from triderm_dist.data.shards.photos import describe_changes
     from triderm_dist.distributed.collectives import is_main, on_main, rank, world_size
     from triderm_dist.files import lock_part
     from triderm_dist.inference.chunks import run_hash
-    from triderm_dist.inference.output import is_written, write_predictions
+    from triderm_dist.inference.output import is_written, write_output
 
     output, run = config.results, job.predictor.run
     with ExitStack() as stack:
@@ -315,7 +315,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
             "key": job.key, "run": run_hash(run), "task": run.task.to_mapping(), "members": [*job.predictor.members],
             "transforms": job.transforms,
         }  # fmt: skip
-        paths = write_predictions(output, table, run.task, about)
+        paths = write_output(output, table, run.task, about)
         shutil.rmtree(job.part, ignore_errors=True)
     transforms, models = counted(job.transforms, "transform"), counted(len(run.networks), "model")
     print(wrapped(f"{counted(len(table), 'lesion')}, mean of {transforms}, {models}"))

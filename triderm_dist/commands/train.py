@@ -34,7 +34,7 @@ def main(config: TrainRun) -> None:
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import data_facts, model_config
-    from triderm_dist.engine.fold_results import fold_results, results_table
+    from triderm_dist.engine.fold_results import fold_results, fold_table
     from triderm_dist.schema import ConfigError
 
     if config.fold >= config.data.folds:
@@ -55,7 +55,7 @@ def main(config: TrainRun) -> None:
 
     run_folds(config, index, [name], [config.fold], on_start=save_settings)
     if is_main():
-        print(results_table(fold_results(config, [name], [config.fold])))
+        print(fold_table(fold_results(config, [name], [config.fold])))
         print(wrapped(f"weights and predictions are in {folder}"))
 
 

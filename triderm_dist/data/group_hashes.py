@@ -33,7 +33,7 @@ from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import CHUNK, LesionTable
 from triderm_dist.data.readers.text_index import HashIndex
 from triderm_dist.data.shards.format import INDEX, Text, to_array
-from triderm_dist.data.shards.index_schema import read_json
+from triderm_dist.data.shards.index_schema import read_index_json
 from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
 
@@ -163,7 +163,7 @@ def _hashes_of(
     """Write the hashes of distinct groups to the file and return them; None, with a note, if groups are kept as ids."""
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
-        is_hashed = "groups" in read_json(index)
+        is_hashed = "groups" in read_index_json(index)
         if not is_hashed and not hashing.explicit:
             return None, [f"{output} holds group ids as they are; delete its index and make it again for hashes"]
         if is_hashed and not file.exists():
@@ -199,7 +199,7 @@ def salt_of(where: str | os.PathLike[str]) -> bytes | None:
     """
     if not Path(where).is_dir():
         return read_salt(Path(where))
-    has_salt = "groups" in read_json(Path(where, INDEX))
+    has_salt = "groups" in read_index_json(Path(where, INDEX))
     return read_salt(groups_file(where)) if has_salt else None
 
 

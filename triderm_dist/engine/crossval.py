@@ -28,7 +28,7 @@ from triderm_dist.engine.fold import (
     add_trained_parts,
     as_predictions,
     assigned_folds,
-    check_task,
+    check_run_task,
     is_fold_finished,
     load_network,
     model_config,
@@ -44,7 +44,7 @@ from triderm_dist.engine.fold_folder import (
 )
 from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.network_files import read_info, write_info
-from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_names
+from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_train_settings
 from triderm_dist.engine.views import Views, mean_tokens, open_training_views
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.models.network import Network
@@ -83,7 +83,7 @@ def run_folds(
     Raises Interrupted after a request to stop or if another rank is lost, Busy if another run trains the same fold,
     DataError if the run has folds of another task.
     """
-    check_task(experiment, index)
+    check_run_task(experiment, index)
     folds, assignment = list(folds), assigned_folds(index, experiment.data)
 
     def remaining(name: str) -> list[FoldRunFactory]:
@@ -119,7 +119,7 @@ def run_trainings(
     in_parallel, brief: see `run_folds`.
     """
     for name in models:
-        check_names(model_config(experiment, name).train)
+        check_train_settings(model_config(experiment, name).train)
     matched, extra = open_extra_sets(experiment, index), None
     trainings = {name: remaining(name) for name in models}
     order = [name for name in models for _ in trainings[name]]

@@ -12,7 +12,7 @@ from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.data.token_source import TokenSource
 from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank, on_main
-from triderm_dist.engine.fold import check_task, model_config
+from triderm_dist.engine.fold import check_run_task, model_config
 from triderm_dist.engine.token_extraction import PLAIN
 from triderm_dist.engine.views import open_views
 from triderm_dist.models.tower_record import FOLDER, find_tower
@@ -30,7 +30,7 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     Uses the tower in OUTPUT/towers with these settings if there is one; else builds it from its source and stores it
     there. Call on all ranks. Raises DataError if the run has folds of another task than that of `index`.
     """
-    check_task(experiment, index)
+    check_run_task(experiment, index)
     model = model_config(experiment, name)
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
     recorded = on_main(partial(find_tower, experiment.folder / FOLDER, model.tower, True))

@@ -85,7 +85,7 @@ def without_shared_photos(
     return tuple(result)
 
 
-def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> None:
+def prepare_trainings(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> None:
     """Compute what several trainings of these models share: thumbnails of extra sets, and the token caches."""
     extra = open_extra_sets(experiment, index)
     if extra:

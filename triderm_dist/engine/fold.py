@@ -142,7 +142,7 @@ def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold:
     return finished and read_transforms(folder / "predictions.parquet") == experiment.oof.tta
 
 
-def check_task(experiment: Experiment, index: ShardIndex) -> None:
+def check_run_task(experiment: Experiment, index: ShardIndex) -> None:
     """Raise DataError if the run has a finished fold of another task than that of `index`."""
     for name in experiment.models:
         for fold in range(experiment.data.folds):

@@ -65,7 +65,7 @@ def fold_results(experiment: Experiment, models: Sequence[str], folds: Iterable[
     return results
 
 
-def results_table(results: Sequence[FoldResult]) -> str:
+def fold_table(results: Sequence[FoldResult]) -> str:
     """Return the results as a table of text."""
     return table(HEADER, [each.cells for each in results])
 

@@ -16,7 +16,7 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.config import CONFIG_FILE, Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.threads import openmp_threads
-from triderm_dist.engine.fold import check_task, is_fold_finished
+from triderm_dist.engine.fold import check_run_task, is_fold_finished
 from triderm_dist.engine.fold_folder import remove_obsolete_checkpoints
 from triderm_dist.runtime.child_processes import ChildProcesses, Failure
 from triderm_dist.runtime.memory import available_memory
@@ -98,7 +98,7 @@ def processes_that_fit(processes: int, memory: int | None, need: Callable[[], fl
 
 def remaining_folds(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> list[Fold]:
     """Return the folds that are not finished. Raises DataError if the run has folds of another task."""
-    check_task(experiment, index)
+    check_run_task(experiment, index)
     folds = [(name, fold) for name in models for fold in range(experiment.data.folds)]
     for name, fold in folds:
         remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
@@ -184,10 +184,10 @@ def train(directory: str, experiment: Experiment, threads: int, name: str, fold:
 def prepare(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> None:
     """Compute what the folds of some models share."""
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine.extra_sets import prepare
+    from triderm_dist.engine.extra_sets import prepare_trainings
 
     _set_up(directory, experiment, threads)
-    prepare(experiment, open_index(experiment.train_shards, experiment.data.remote), names)
+    prepare_trainings(experiment, open_index(experiment.train_shards, experiment.data.remote), names)
 
 
 def _memory_per_fold(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> float:

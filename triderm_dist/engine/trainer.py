@@ -336,7 +336,7 @@ def _average(wrapped: nn.Module, config: TrainConfig) -> WeightAverage | None:
     return Ema(wrapped, config.ema_decay) if config.ema_decay else None
 
 
-def check_names(config: TrainConfig) -> None:
+def check_train_settings(config: TrainConfig) -> None:
     """Raise ConfigError for an unknown loss term, optimizer, schedule or tracker, or wrong settings of one."""
     CompoundLoss(config.loss, "softmax", np.ones(2))
     optim.check_names(config.optim)

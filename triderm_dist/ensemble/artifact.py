@@ -143,7 +143,7 @@ class Ensemble:
     @staticmethod
     def load(path: Path) -> Ensemble:
         """Read what `save` wrote. Raises DataError naming the file."""
-        tree = read_json(path, schema=EnsembleKeys)
+        tree = read_artifact(path, schema=EnsembleKeys)
         numbers = {"weights": tree["members"], "temperatures": tree["members"], "thresholds": tree["diagnoses"]}
         for key, names in numbers.items():
             if len(tree[key]) != len(names):
@@ -160,7 +160,7 @@ class Ensemble:
         )
 
 
-def read_json(
+def read_artifact(
     path: Path, format_name: str = FORMAT, version: int = VERSION, schema: type[BaseModel] | None = None
 ) -> dict[str, Any]:
     """Read a JSON file that triderm stack wrote, by default ensemble.json, with the keys of a schema.
@@ -183,6 +183,6 @@ def read_json(
 def read_task(path: Path, format_name: str = FORMAT, version: int = VERSION) -> Task:
     """Return the task of a JSON file that triderm stack wrote, by default ensemble.json; MILK10k's if it names none."""
     try:
-        return recorded_task(read_json(path, format_name, version), str(path))
+        return recorded_task(read_artifact(path, format_name, version), str(path))
     except ConfigError as error:
         raise DataError(f"{error}; run triderm stack again") from None

@@ -47,7 +47,7 @@ from triderm_dist.ensemble.run_files import (
     write_nested,
 )
 from triderm_dist.ensemble.sampling import search_rows
-from triderm_dist.ensemble.score_table import TITLES, Row, ScoreTable
+from triderm_dist.ensemble.score_table import TITLES, ScoreRow, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.stacker_process import run_in_child
@@ -66,7 +66,7 @@ class Fit:
     chosen: the weighting that predicts.  decision: that of the task.  notes: one sentence each.
     """
 
-    rows: list[Row]
+    rows: list[ScoreRow]
     chosen: str
     decision: str
     notes: list[str]

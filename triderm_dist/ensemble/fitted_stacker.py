@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_json, write_checked_tensors
 from triderm_dist.config import Section, StackConfig, build
-from triderm_dist.ensemble.artifact import read_json
+from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
@@ -183,7 +183,7 @@ class FittedStacker:
         """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`;
         MissingPackage if a package that it needs to predict is not installed.
         """
-        description = read_json(path, FORMAT, VERSION, _StackerKeys)
+        description = read_artifact(path, FORMAT, VERSION, _StackerKeys)
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
         if kind not in STACKERS:
             raise DataError(

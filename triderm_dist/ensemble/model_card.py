@@ -14,7 +14,7 @@ import numpy as np
 
 from triderm_dist import __version__, intervals, metrics
 from triderm_dist.config import CONFIG_FILE, Experiment, TowerConfig
-from triderm_dist.ensemble.artifact import FitKeys, read_json, read_task
+from triderm_dist.ensemble.artifact import FitKeys, read_artifact, read_task
 from triderm_dist.ensemble.run_files import (
     ENSEMBLE_FILE,
     HELD_OUT_FILE,
@@ -88,7 +88,7 @@ class _Card:
 
     def __init__(self, config: Experiment, exported: Path | None = None) -> None:
         self.config, self.folder, self.exported = config, config.folder, exported
-        self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
+        self.fit = read_artifact(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.task: Task = read_task(self.folder / ENSEMBLE_FILE)
         self.record = read_environment(self.folder)
         self.members: list[str] = [name for name in self.fit["members"] if name != STACKER]

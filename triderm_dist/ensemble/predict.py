@@ -13,7 +13,7 @@ import numpy as np
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import fitted_stacker
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import (
@@ -197,7 +197,7 @@ class FittedEnsemble:
         `stacker_columns`. Raises DataError if this was fitted for another task or on other models, weights or
         columns.
         """
-        check_task(self.folder, table.task)
+        check_ensemble_task(self.folder, table.task)
         used = (
             (name, part.refit_of or part.model_hash[part.model == name])
             for part in parts
@@ -230,7 +230,7 @@ def predict_ensemble(run_folder: Path, table: OofTable, parts: Sequence[Predicti
     return FittedEnsemble.load(Path(run_folder)).predict(table, parts)[0]
 
 
-def check_task(run_folder: Path, task: Task) -> None:
+def check_ensemble_task(run_folder: Path, task: Task) -> None:
     """Check that ensemble.json, and stack.json if there is one, were fitted for this task; raise DataError if not."""
     fitted = {ENSEMBLE_FILE: read_task(run_folder / ENSEMBLE_FILE)}
     if (run_folder / STACK_FILE).exists():
@@ -250,7 +250,7 @@ def check_weights(run_folder: Path, used: Iterable[tuple[str, Iterable[str]]]) -
     used: models with the hashes of their weights, or of the folds' weights whose refit they are. Raises DataError for
     other weights.
     """
-    fitted_on = read_json(run_folder / ENSEMBLE_FILE, schema=FitKeys)["weights_of"]
+    fitted_on = read_artifact(run_folder / ENSEMBLE_FILE, schema=FitKeys)["weights_of"]
     for model, hashes in used:
         if model in fitted_on and not set(hashes) <= set(fitted_on[model]):
             raise DataError(

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from triderm_dist.config import CONFIG_FILE
-from triderm_dist.ensemble.artifact import read_json
+from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, read_held_out
 from triderm_dist.environment import read_environment
 from triderm_dist.files import why_no_folder
@@ -54,7 +54,7 @@ def summarize_run(folder: Path) -> RunSummary:
     """Read the score, date and size of a run; an unreadable ensemble.json counts as none."""
     task, score, held_out = "", None, None
     try:
-        fit = read_json(folder / ENSEMBLE_FILE)
+        fit = read_artifact(folder / ENSEMBLE_FILE)
         task, score = fit.get("task", {}).get("name", ""), Interval(**fit["scores"]["ensemble"]["nested"])
         held = read_held_out(folder)
         held_out = held["macro_f1"] if held else None

@@ -44,7 +44,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """Macro F1 of one member or weighting on the out-of-fold lesions, by how decisions are made.
 
     official: p > 0.5, nothing fitted (members and their plain mean).  argmax: the most probable diagnosis, with
@@ -70,9 +70,9 @@ class Row:
         }
 
     @staticmethod
-    def from_json(name: str, scores: Mapping[str, Any]) -> Row:
+    def from_json(name: str, scores: Mapping[str, Any]) -> ScoreRow:
         """Read what `json` returned."""
-        return Row(
+        return ScoreRow(
             name=name,
             **{key: scores[key] for key in ("official", "argmax", "argmax_tau", "fitted")},
             nested=intervals.Interval(**scores["nested"]),
@@ -107,7 +107,7 @@ class ScoreTable:
     resamples: int
     seed: int
 
-    def rows(self, chosen: Ensemble) -> list[Row]:
+    def rows(self, chosen: Ensemble) -> list[ScoreRow]:
         """Return a row for every candidate, and the last for the chosen weighting, whose ensemble is `chosen`."""
         ensembles = {**{weighting: each.ensemble for weighting, each in self.candidates.items()}, CHOSEN: chosen}
         return on_all_cores(lambda weighting: self._row(weighting, ensembles[weighting]), ensembles, len(self.table))
@@ -121,14 +121,14 @@ class ScoreTable:
             for (first, second), difference in zip(pairs, differences, strict=True)
         ]
 
-    def _row(self, weighting: str, ensemble: Ensemble) -> Row:
+    def _row(self, weighting: str, ensemble: Ensemble) -> ScoreRow:
         labels = self.table.labels
         combined = ensemble.combine(list(self.members.values()))
         fitted = decide(combined, best_thresholds(combined, labels), "any")
         # Fitted weights have seen these lesions; the weighting chosen on the other folds has not.
         plain = None if weighting in (FITTED, CHOSEN) else ensemble.combine(list(self.uncalibrated.values()))
         unseen = self.nested.probabilities if weighting == CHOSEN else plain
-        return Row(
+        return ScoreRow(
             name=TITLES.get(weighting, weighting),
             official=None if plain is None else metrics.official_macro_f1(plain, labels),
             argmax=None if unseen is None else metrics.argmax_macro_f1(unseen, labels),

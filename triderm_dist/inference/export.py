@@ -13,7 +13,7 @@ from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
 from triderm_dist.files import file_sha256, new_folder, size_text, write_json
 from triderm_dist.inference.exported_files import BATCHES, SUFFIXES, check_installed, versions, write_network
-from triderm_dist.inference.exported_network import ExportedNetwork, describe
+from triderm_dist.inference.exported_network import ExportedNetwork, describe_network
 from triderm_dist.inference.networks import NetworkLoader, Preprocessing
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
 from triderm_dist.inference.slim_run import safe_name, write_hub_card, write_slim_run, write_zip
@@ -107,7 +107,7 @@ def _write_networks(
                 ],
                 "head": loaded.config.head,
                 "temperature": temperatures[name],
-                **describe(network),
+                **describe_network(network),
                 "preprocessing": _preprocessing(run, loaded.preprocessing),
                 "ensemble": _ensemble(run),
                 "checked": {"lesions": BATCHES, "largest_difference": difference, "versions": versions(kind)},

@@ -84,7 +84,7 @@ class ExportedNetwork(nn.Module):
         return tuple(drawn[name] for name in self.inputs)
 
 
-def describe(network: ExportedNetwork) -> dict[str, Any]:
+def describe_network(network: ExportedNetwork) -> dict[str, Any]:
     """Return, as JSON types, the inputs and outputs of a network in their order."""
     signature, size = network.signature, network.size
     fields = [

@@ -63,7 +63,7 @@ def part_of(output: Path) -> Path:
     return Path(f"{resolve_dots(output)}.part")
 
 
-def write_predictions(output: Path, table: pa.Table, task: Task, about: Mapping[str, Any]) -> list[Path]:
+def write_output(output: Path, table: pa.Table, task: Task, about: Mapping[str, Any]) -> list[Path]:
     """Write the file or the folder `output`, which appears when it is complete, and return the paths.
 
     table: see `submission.results_table`.  about: JSON values for the metadata of the parquet file.

@@ -24,7 +24,14 @@ from triderm_dist.models.tower import (
     checked_size,
     refuse_quick_gelu,
 )
-from triderm_dist.models.weight_files import existing, existing_weights, hub_file, is_cached, read_weights, weights_in
+from triderm_dist.models.weight_files import (
+    existing,
+    existing_weights,
+    hub_file,
+    is_cached,
+    read_weight_file,
+    weights_in,
+)
 from triderm_dist.models.weights import fill, strip_prefix
 from triderm_dist.runtime.messages import listed, one_line
 from triderm_dist.schema import CheckpointError, InputError
@@ -69,7 +76,7 @@ def _build(source: str, config: Path, find_weights: Callable[[], Path], options:
     mean = tuple(preprocess.get("mean") or OPENAI_MEAN)
     std = tuple(preprocess.get("std") or OPENAI_STD)
     file = find_weights() if options.pretrained else config
-    state = read_weights(file) if options.pretrained else {}
+    state = read_weight_file(file) if options.pretrained else {}
     if "pretrain_path" in vision or is_panderm(state):
         refuse_quick_gelu(options, source)
         if options.pretrained:

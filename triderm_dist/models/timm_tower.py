@@ -18,7 +18,7 @@ from triderm_dist.models.tower import (
     checked_size,
     refuse_quick_gelu,
 )
-from triderm_dist.models.weight_files import existing_weights, is_cached, is_safetensors, read_weights, weight_file
+from triderm_dist.models.weight_files import existing_weights, is_cached, is_safetensors, read_weight_file, weight_file
 from triderm_dist.models.weights import fill, rename_by_order, without_prefix
 from triderm_dist.runtime.messages import listed, nearest, one_line
 from triderm_dist.schema import InputError
@@ -87,7 +87,7 @@ def _fill(model: nn.Module, name: str, file: Path) -> str:
     """Load a file into a timm model without classifier; returns a summary for the tower's report."""
     import timm
 
-    state = read_weights(file)
+    state = read_weight_file(file)
     note = ""
     if not set(state) & set(model.state_dict()) and not is_safetensors(file):  # which keeps no order
         with torch.device("meta"):

@@ -30,7 +30,7 @@ from triderm_dist.models.tower import (
     refuse_quick_gelu,
     tower_hash,
 )
-from triderm_dist.models.weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, existing_weights, read_weights
+from triderm_dist.models.weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, existing_weights, read_weight_file
 from triderm_dist.schema import ConfigError
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
 def _build_panderm(name: str, options: TowerOptions) -> Tower:
     file = Path(name)
     refuse_quick_gelu(options, name)
-    model, weights = load_panderm(read_weights(file), file, options.pretrained)
+    model, weights = load_panderm(read_weight_file(file), file, options.pretrained)
     spec = InputSpec(model.patch_embed.img_size[0], IMAGENET_MEAN, IMAGENET_STD)
     return split_panderm(model, spec, options.image_size, f"{name}: PanDerm, {weights}")
 

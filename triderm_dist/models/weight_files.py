@@ -42,7 +42,7 @@ _UNPICKLED = re.compile(r"GLOBAL ([\w.]+)")
 _WRAPPING_MODULES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
-def read_weights(file: Path) -> State:
+def read_weight_file(file: Path) -> State:
     """Read the tensors of a safetensors or PyTorch file by name, from all parts of a sharded one.
 
     They are taken out of `WRAPPERS`, and their names lose what wrappers of modules add: `module.` and `model.` in front

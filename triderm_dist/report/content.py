@@ -17,9 +17,9 @@ from triderm_dist.config import CONFIG_FILE, Experiment, load_run, read_yaml
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.open import has_tars
 from triderm_dist.data.synthetic import is_synthetic
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
-from triderm_dist.ensemble.predict import check_task, check_weights
+from triderm_dist.ensemble.predict import check_ensemble_task, check_weights
 from triderm_dist.ensemble.run_files import (
     ENSEMBLE,
     ENSEMBLE_FILE,
@@ -30,7 +30,7 @@ from triderm_dist.ensemble.run_files import (
     read_held_out,
     read_nested,
 )
-from triderm_dist.ensemble.score_table import Row
+from triderm_dist.ensemble.score_table import ScoreRow
 from triderm_dist.environment import read_environment
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.monitoring.metrics_log import read_metrics
@@ -70,11 +70,11 @@ class Content:
         self.folder = Path(run_folder)
         self.shows_photos, self._attend = shows_photos, attend
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
-        self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
+        self.fit = read_artifact(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
         self._oof = OofFile(self.folder / OOF_FILE)
         table = self._oof.table(logits_only=True)
-        check_task(self.folder, table.task)
+        check_ensemble_task(self.folder, table.task)
         check_weights(self.folder, table.hashes.items())
         if not np.array_equal(table.lesion_ids, self.rows.lesion_ids):
             rows = rows_of(self.rows.lesion_ids, table.lesion_ids)
@@ -112,9 +112,9 @@ class Content:
         return tuple(self.fit["weights_of"])
 
     @cached_property
-    def scores(self) -> list[Row]:
+    def scores(self) -> list[ScoreRow]:
         """The score table, the ensemble last."""
-        return [Row.from_json(name, scores) for name, scores in self.fit["scores"].items()]
+        return [ScoreRow.from_json(name, scores) for name, scores in self.fit["scores"].items()]
 
     @cached_property
     def score(self) -> intervals.Interval:

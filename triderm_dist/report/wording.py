@@ -25,6 +25,6 @@ def scored_decision(content: Content) -> str:
     return "official metric" if content.task.submission else SCORED_DECISIONS[content.task.decision]
 
 
-def fitted_parts(content: Content) -> str:
+def fitted_out_of_fold(content: Content) -> str:
     """Name what is fitted on the out-of-fold lesions."""
     return f"{'temperatures' if content.task.decision == 'argmax' else 'thresholds'}, weights and stacker"

@@ -39,7 +39,7 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     space = _read_space(run, log)
 
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine.extra_sets import open_extra_sets, prepare
+    from triderm_dist.engine.extra_sets import open_extra_sets, prepare_trainings
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
     open_extra_sets(experiment, index, verify=experiment.data.verify)  # raises for a wrong map before any work
@@ -47,7 +47,7 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     refusal = f"{run.search_folder}: another search is running in this folder; wait for it or stop it"
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
-        prepare(experiment, index, [run.model])  # once, for all trials
+        prepare_trainings(experiment, index, [run.model])  # once, for all trials
         with ray_session(settings):
             if not settings.resume or _ended(run) < settings.trials or _failed(run):
                 run_trials(run, space, log)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from triderm_dist.data.shards.index_schema import check_content, read_json
+from triderm_dist.data.shards.index_schema import check_content, read_index_json
 from triderm_dist.schema import DataError
 
 VALID: dict[str, Any] = {
@@ -145,5 +145,5 @@ def test_every_entry_that_is_read_is_required() -> None:
 def test_files_that_are_no_json_mapping_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "index.json").write_bytes(content)
     with pytest.raises(DataError, match=f"index.json: .*{message}") as error:
-        read_json(tmp_path / "index.json")
+        read_index_json(tmp_path / "index.json")
     assert "\n" not in str(error.value)

@@ -49,7 +49,7 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
-from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_json
+from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_index_json
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256, json_text, why_no_folder
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task
@@ -303,7 +303,7 @@ def _read_raw(folder: Path) -> dict[str, Any]:
             f"{folder}: no {INDEX} in this folder; create it by triderm pack, or for other WebDataset shards by "
             "triderm index"
         )
-    raw = read_json(path)
+    raw = read_index_json(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         found = f"{raw.get('format')!r} version {raw.get('version')!r}"
         raise DataError(

@@ -128,7 +128,7 @@ class IndexContent(BaseModel):
     selected: Annotated[str, Field(max_length=MAX_SELECTED)] | None = None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_index_json(path: Path) -> dict[str, Any]:
     """Return the content of an index.json. Raises DataError if it is not a JSON mapping, or has another checksum."""
     try:
         if (size := path.stat().st_size) > MAX_BYTES:

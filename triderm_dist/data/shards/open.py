@@ -14,7 +14,7 @@ from triderm_dist.config import RemoteConfig, cache_folder
 from triderm_dist.data.shards.cache import Cache
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index
-from triderm_dist.data.shards.index_schema import check_content, read_json
+from triderm_dist.data.shards.index_schema import check_content, read_index_json
 from triderm_dist.data.shards.remote import Store, disk_error
 from triderm_dist.files import copy_file, file_sha256
 from triderm_dist.runtime.redact import restore
@@ -98,7 +98,7 @@ def set_fingerprint(where: str, remote: RemoteConfig) -> str:
     path = index_file(where, remote)
     if not path.is_file():
         raise DataError(f"{path}: no such file; create it by triderm pack")
-    return index_fingerprint(path, read_json(path))
+    return index_fingerprint(path, read_index_json(path))
 
 
 def cache_root(remote: RemoteConfig) -> Path:
@@ -134,7 +134,7 @@ def _fetch_index(store: Store, root: Path) -> Path:
 def _samples_file(path: Path, store: Store) -> ShardFile:
     """Return samples.parquet as an index.json describes it. Raises DataError if that is not an index."""
     try:
-        return check_content(read_json(path), path).samples.file
+        return check_content(read_index_json(path), path).samples.file
     except DataError as error:
         why = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise DataError(

@@ -34,7 +34,7 @@ from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import LesionTable
 from triderm_dist.data.shards.format import INDEX, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.index_schema import read_json
+from triderm_dist.data.shards.index_schema import read_index_json
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.data.shards.part_folder import FinishedShard, PartFolder
 from triderm_dist.data.shards.photos import QUALITY
@@ -202,7 +202,7 @@ class _Packer:
             folder = index.folder
         elif not (folder / INDEX).is_file():
             raise DataError(f"{folder}: exists and is not a packed set; {advice}")
-        found = read_json(folder / INDEX)
+        found = read_index_json(folder / INDEX)
         packed_for = recorded_task(found, str(folder / INDEX))
         check_packed_for(packed_for, self.task, str(folder), advice)
         if found.get("packed_with") != self.settings or found.get("source") != self._fingerprint():

@@ -14,7 +14,7 @@ from triderm_dist.data.group_hashes import GroupHashes, groups_file, read_salt
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
-from triderm_dist.data.shards.index_schema import read_json
+from triderm_dist.data.shards.index_schema import read_index_json
 from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
 from triderm_dist.data.shards.record import Record, belongs_to_lesion, parse_record, split_name
 from triderm_dist.data.shards.tar_members import DamagedTar, check_tar_end
@@ -90,7 +90,7 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
     path = index.folder / INDEX
     counts = index.counts()
     counts[UNLABELED_KEY] = counts.pop("unlabeled")
-    for name, count in read_json(path).get("counts", {}).items():
+    for name, count in read_index_json(path).get("counts", {}).items():
         if count != counts.get(name):
             what = f"{count} lesions of {name}, {SAMPLES} has {counts.get(name)}"
             yield Problem("", "count", str(path), what)
@@ -204,7 +204,7 @@ def _same_group(index: ShardIndex) -> Callable[[str, str], bool]:
     if index.group_salt is None:
         return str.__eq__
     if not file.is_file():
-        foreign = "packed_with" not in read_json(index.folder / INDEX)
+        foreign = "packed_with" not in read_index_json(index.folder / INDEX)
         return lambda group, own: foreign or group == own
     hashes = GroupHashes(read_salt(file))
     if hashes.fingerprint != index.group_salt:

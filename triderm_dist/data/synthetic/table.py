@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from triderm_dist.data.readers.find_table import image_columns
 from triderm_dist.data.synthetic.pictures import SKIN_TONE_SHARES, draw_clinical, draw_dermoscopic, draw_outline
 from triderm_dist.schema import ConfigError, MetadataField, Task
 
@@ -85,12 +86,6 @@ def draw_lesion(
                 cells[columns.view] = next((each.words or (view,))[0] for each in task.views if each.name == view)
         rows.append(cells | metadata | draw_scores(generator, task, levels.get("concepts", 0.5)))
     return rows, photos
-
-
-def image_columns(task: Task) -> list[str]:
-    """The columns that name photos."""
-    image = task.columns.image
-    return [image] if isinstance(image, str) else list(image.values())
 
 
 def views_of_rows(generator: np.random.Generator, task: Task) -> list[tuple[str, ...]]:

@@ -22,7 +22,7 @@ from triderm_dist.report.sections.missing_inputs import missing_inputs
 from triderm_dist.report.sections.operating_points import operating_points
 from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.slices import slices
-from triderm_dist.report.wording import RULES, fitted_parts, scored_decision
+from triderm_dist.report.wording import RULES, fitted_out_of_fold, scored_decision
 
 QUOTED: tuple[Callable[[Content], Section | None], ...] = (
     *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs, ensemble),
@@ -59,7 +59,7 @@ def manuscript(content: Content) -> Section:
         "transforms": content.transforms,
         "rule": RULES[task.decision],
         "measure": scored_decision(content),
-        "fitted_parts": fitted_parts(content),
+        "fitted_parts": fitted_out_of_fold(content),
         "resamples": content.resamples,
         "synthetic": content.synthetic,
         "medians": [(row.group, row.name) for row in tables["cohort"].rows if isinstance(row.values[0], Interval)],

@@ -7,7 +7,7 @@ from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Flag, Row, Section, Table
-from triderm_dist.report.wording import fitted_parts, scored_decision
+from triderm_dist.report.wording import fitted_out_of_fold, scored_decision
 
 COLUMN_NOTES = {
     "official": "p > 0.5: nothing fitted.",
@@ -32,7 +32,8 @@ def scores(content: Content) -> Section:
         for row in content.scores
     ]
     columns = [Column(key, TITLES[key], "+.3f" if key == "ensemble_minus_this" else "") for key in shown]
-    nested = f"Nested: the main figure ({scored_decision(content)}), {fitted_parts(content)} fitted on the other folds."
+    main, fitted = scored_decision(content), fitted_out_of_fold(content)
+    nested = f"Nested: the main figure ({main}), {fitted} fitted on the other folds."
     column_notes = COLUMN_NOTES | {"nested": nested}
     caption = "Macro F1 of members and ensemble, with 95% intervals"
     return Section(
