@@ -110,8 +110,7 @@ def use_fast_depthwise(network: nn.Module) -> None:
     """
     for name, module in [*network.named_modules()]:
         if _is_slow(module):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, DepthwiseConv2d(cast("nn.Conv2d", module)))
+            network.set_submodule(name, DepthwiseConv2d(cast("nn.Conv2d", module)))
 
 
 def _is_slow(module: nn.Module) -> bool:

@@ -140,8 +140,7 @@ def use_lesion_masks(network: nn.Module) -> None:
             )
         else:
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, replacement.train(module.training))
+        network.set_submodule(name, replacement.train(module.training))
 
 
 def has_dropout(network: nn.Module) -> bool:

@@ -43,8 +43,7 @@ def use_linear_patches(network: nn.Module) -> None:
     """Replace the patch embeddings of a network by matrix products, in place. Keeps parameters and their names."""
     for name, module in [*network.named_modules()]:
         if type(module) is nn.Conv2d and _embeds_patches(module):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, PatchConv2d(module))
+            network.set_submodule(name, PatchConv2d(module))
 
 
 def _embeds_patches(module: nn.Conv2d) -> bool:
