@@ -108,7 +108,7 @@ def print_scores(config: AblationRun, name: str, tables: dict[str, list[OofTable
         argmax = np.mean([metrics.argmax_macro_f1(p, labels) for p in probabilities])
         adds = intervals.mean_over_seeds(
             [
-                intervals.paired_difference(full, without, labels, groups, resamples, config.seed)
+                intervals.macro_f1_difference(full, without, labels, groups, resamples, config.seed)
                 for full, without in zip(decisions[FULL], decisions[part], strict=True)
             ]
         )

@@ -170,7 +170,7 @@ def print_scores(
     labels, resamples = table.labels, config.ensemble.bootstrap
 
     def gain(name: str, over: str) -> intervals.Interval:
-        return intervals.paired_difference(nested[name], nested[over], labels, table.groups, resamples, config.seed)
+        return intervals.macro_f1_difference(nested[name], nested[over], labels, table.groups, resamples, config.seed)
 
     print(f"{len(table)} lesions, {len(np.unique(table.folds))} folds; macro F1, 95% intervals over lesions")
     print(f"{'':<36} p > 0.5  argmax   tuned  nested                 ensemble minus this")

@@ -176,7 +176,7 @@ def measure(settings: CoverageRun, lesions: Lesions) -> tuple[Cells, Cells]:
                 else:
                     (first, second), (f1, other) = (table[rows] for table in rules[name]), truth[name]
                 target.add("macro F1", name, size, intervals.macro_f1(first, part.labels), f1.mean())
-                difference = intervals.paired_difference(first, second, part.labels, resamples=400)
+                difference = intervals.macro_f1_difference(first, second, part.labels, resamples=400)
                 target.add("difference of two networks", name, size, difference, f1.mean() - other.mean())
                 each = intervals.f1_per_class(first, part.labels)
                 for label in range(CLASSES):
@@ -217,7 +217,7 @@ def group_cells(
     """Add macro F1, the difference of the networks, and F1 of each diagnosis, of lesions in groups."""
     first, second = decisions
     cells.add("groups, macro F1", rule, size, intervals.macro_f1(first, part.labels, part.groups), truth[0].mean())
-    difference = intervals.paired_difference(first, second, part.labels, part.groups, resamples=400)
+    difference = intervals.macro_f1_difference(first, second, part.labels, part.groups, resamples=400)
     cells.add("groups, difference of two networks", rule, size, difference, truth[0].mean() - truth[1].mean())
     for interval, f1 in zip(intervals.f1_per_class(first, part.labels, part.groups), truth[0], strict=True):
         cells.add("groups, one diagnosis", rule, size, interval, f1)
@@ -335,7 +335,10 @@ def candidates(
         accelerated.append(np.quantile(draws, norm.cdf(norm.ppf(below) + shifted / (1 - skew * shifted))))
     found["BCa bootstrap"] = accelerated  # type: ignore[assignment]
     result = {name: (Interval(0.0, *ends[0]), Interval(0.0, *ends[1])) for name, ends in found.items()}
-    chosen = intervals.macro_f1(first, labels), intervals.paired_difference(first, second, labels, resamples=resamples)
+    chosen = (
+        intervals.macro_f1(first, labels),
+        intervals.macro_f1_difference(first, second, labels, resamples=resamples),
+    )
     return result | {"triderm_dist.intervals": chosen}
 
 

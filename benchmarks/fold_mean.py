@@ -161,7 +161,7 @@ def print_scores(decisions: dict[str, np.ndarray], table: OofTable, config: Fold
         score = np.mean([metrics.macro_f1(one, table.labels) for one in by_seed])
         gains[name] = intervals.mean_over_seeds(
             [
-                intervals.paired_difference(one, mean, table.labels, table.groups, config.ensemble.bootstrap, seed)
+                intervals.macro_f1_difference(one, mean, table.labels, table.groups, config.ensemble.bootstrap, seed)
                 for seed, (one, mean) in enumerate(zip(by_seed, decisions[MEAN], strict=True))
             ]
         )

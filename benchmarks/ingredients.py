@@ -110,7 +110,7 @@ def print_scores(config: IngredientsRun, table: OofTable) -> None:
         ]
         gain = intervals.mean_over_seeds(
             [
-                intervals.paired_difference(one, other, labels, groups, resamples, config.seed)
+                intervals.macro_f1_difference(one, other, labels, groups, resamples, config.seed)
                 for one, other in zip(decisions, plain, strict=True)
             ]
         )

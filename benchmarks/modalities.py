@@ -87,7 +87,7 @@ def print_scores(config: ModalitiesRun, folders: dict[str, list[Path]]) -> None:
         scores = [metrics.macro_f1(table, labels) for table in decisions[label]]
         difference = intervals.mean_over_seeds(
             [
-                intervals.paired_difference(full, without, labels, None, config.ensemble.bootstrap, config.seed)
+                intervals.macro_f1_difference(full, without, labels, None, config.ensemble.bootstrap, config.seed)
                 for full, without in zip(decisions[ALL], decisions[label], strict=True)
             ]
         )

@@ -138,7 +138,7 @@ def compare(settings: Settings) -> dict[str, float]:
             took["ours"].append(time.perf_counter() - started)
         theirs = np.stack([each[:, 1] for each in eleven.predict_proba(judged)], axis=1)  # type: ignore[attr-defined]
         mine = one.predict(judged)
-        difference = intervals.paired_difference(
+        difference = intervals.macro_f1_difference(
             metrics.argmax_decisions(mine), metrics.argmax_decisions(theirs), truth, resamples=1000
         )
         guide, single = statistics.median(took["guide"]), statistics.median(took["ours"])

@@ -56,7 +56,7 @@ def test_macro_f1_of_many_lesions_has_the_interval_of_a_bootstrap() -> None:
     assert kept.value == pytest.approx(metrics.f1_per_class(decisions, labels)[two].mean())
 
 
-def test_paired_difference_of_many_lesions_has_the_interval_of_a_bootstrap() -> None:
+def test_macro_f1_difference_of_many_lesions_has_the_interval_of_a_bootstrap() -> None:
     first, labels = simulated([1500, 600, 300])
     second = first.copy()
     second[::9] ^= simulated([1500, 600, 300], seed=2)[0][::9]
@@ -65,10 +65,10 @@ def test_paired_difference_of_many_lesions_has_the_interval_of_a_bootstrap() -> 
     for _ in range(800):
         rows = generator.integers(0, len(labels), len(labels))
         draws.append(metrics.macro_f1(first[rows], labels[rows]) - metrics.macro_f1(second[rows], labels[rows]))
-    difference = intervals.paired_difference(first, second, labels)
+    difference = intervals.macro_f1_difference(first, second, labels)
     assert difference.value == metrics.macro_f1(first, labels) - metrics.macro_f1(second, labels)
     np.testing.assert_allclose([difference.low, difference.high], np.quantile(draws, [0.025, 0.975]), atol=0.003)
-    assert intervals.paired_difference(first, first, labels) == Interval(0.0, 0.0, 0.0)
+    assert intervals.macro_f1_difference(first, first, labels) == Interval(0.0, 0.0, 0.0)
     alone = intervals.macro_f1(first, labels)
     assert difference.high - difference.low < alone.high - alone.low
     assert difference.excludes_zero == (difference.low > 0 or difference.high < 0)
@@ -83,7 +83,7 @@ def test_copies_of_lesions_in_a_group_change_no_interval() -> None:
         [
             *intervals.f1_per_class(first, truth, group),
             intervals.macro_f1(first, truth, group),
-            intervals.paired_difference(first, second, truth, group),
+            intervals.macro_f1_difference(first, second, truth, group),
         ]
         for first, second, truth, group in ((decisions, other, labels, groups), tripled)
     )

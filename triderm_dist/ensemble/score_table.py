@@ -140,7 +140,7 @@ class ScoreTable:
 
     def _difference(self, first: str, second: str) -> intervals.Interval:
         decisions = self.nested.decisions
-        return intervals.paired_difference(
+        return intervals.macro_f1_difference(
             decisions[first], decisions[second], self.table.labels, self.table.groups, self.resamples, self.seed
         )
 

@@ -231,7 +231,7 @@ def _pick(
     if len(candidates) > 1:
         picked[_NETWORK] = best_network(scores)
         first, second = (candidates[name].decisions for name in picked.values())
-        gap = intervals.paired_difference(first, second, labels, groups, config.bootstrap, fitting.seed)
+        gap = intervals.macro_f1_difference(first, second, labels, groups, config.bootstrap, fitting.seed)
         picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
     if config.use not in (AUTO, ENSEMBLE):
         picked[config.use] = config.use
@@ -248,7 +248,7 @@ def _choose(
     del scores[ENSEMBLE], scores[_NETWORK]
     ensemble, network = choose_weighting(scores), best_network(scores)
     over_network, over_stacker = (
-        intervals.paired_difference(
+        intervals.macro_f1_difference(
             decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed
         )
         if name in scores

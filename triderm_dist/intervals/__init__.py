@@ -12,11 +12,11 @@ is its own.
 from triderm_dist.intervals.bootstrap import RESAMPLES, metric_draws, of_metrics, percentiles
 from triderm_dist.intervals.comparisons import beyond_noise, holm
 from triderm_dist.intervals.f1 import (
-    difference_draws,
     f1_per_class,
     macro_f1,
+    macro_f1_difference,
+    macro_f1_difference_draws,
     macro_f1_draws,
-    paired_difference,
     spread,
 )
 from triderm_dist.intervals.interval import MOST_DECIMALS, UNKNOWN, Interval
@@ -34,17 +34,17 @@ __all__ = [
     "area_under_roc",
     "average_precision",
     "beyond_noise",
-    "difference_draws",
     "f1_per_class",
     "group_numbers",
     "holm",
     "macro_f1",
+    "macro_f1_difference",
+    "macro_f1_difference_draws",
     "macro_f1_draws",
     "mean",
     "mean_over_seeds",
     "metric_draws",
     "of_metrics",
-    "paired_difference",
     "percentiles",
     "predictive_values",
     "rates",

@@ -14,7 +14,7 @@ from triderm_dist.intervals.share import Share
 from triderm_dist.intervals.units import Counts, count_units
 
 _PRIOR_LESIONS = 0.5
-"""Lesions per diagnosis, with the mean outcome over diagnoses, that `difference_draws` adds to a resample."""
+"""Lesions per diagnosis, with the mean outcome over diagnoses, that `macro_f1_difference_draws` adds to a resample."""
 
 
 def f1_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> list[Interval]:
@@ -64,7 +64,7 @@ def macro_f1(
     )
 
 
-def paired_difference(
+def macro_f1_difference(
     first: np.ndarray,
     second: np.ndarray,
     labels: np.ndarray,
@@ -73,13 +73,15 @@ def paired_difference(
     seed: int = 0,
 ) -> Interval:
     """Return macro F1 of `first` minus macro F1 of `second` on the same lesions, with its interval: the percentiles of
-    `difference_draws`.
+    `macro_f1_difference_draws`.
     """
     value = metrics.macro_f1(first, labels) - metrics.macro_f1(second, labels)
-    return Interval(float(value), *percentiles(difference_draws(first, second, labels, groups, resamples, seed)))
+    return Interval(
+        float(value), *percentiles(macro_f1_difference_draws(first, second, labels, groups, resamples, seed))
+    )
 
 
-def difference_draws(
+def macro_f1_difference_draws(
     first: np.ndarray,
     second: np.ndarray,
     labels: np.ndarray,

@@ -188,7 +188,9 @@ class Comparison:
     def _pair(self, one: int, two: int, pairs: int, mcnemar: McNemar) -> Pair:
         first, second = self.runs[one], self.runs[two]
         value = macro_f1(first.decisions, self.labels) - macro_f1(second.decisions, self.labels)
-        draws = intervals.difference_draws(first.decisions, second.decisions, self.labels, self.groups, RESAMPLES)
+        draws = intervals.macro_f1_difference_draws(
+            first.decisions, second.decisions, self.labels, self.groups, RESAMPLES
+        )
         return Pair(
             first=first.name,
             second=second.name,

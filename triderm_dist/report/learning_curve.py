@@ -103,7 +103,7 @@ def fit_learning_curve(
         model=model,
         lesions=tuple(map(float, lesions)),
         macro_f1=tuple(intervals.macro_f1(each, labels, groups) for each in decisions),
-        half=intervals.paired_difference(decisions[-1], decisions[-2], labels, groups, resamples),
+        half=intervals.macro_f1_difference(decisions[-1], decisions[-2], labels, groups, resamples),
         scale=float(scale[0]),
         exponent=float(exponent[0]),
         expected=Interval(float(expected[0]), *intervals.percentiles(expected_draws)),

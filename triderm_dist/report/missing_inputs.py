@@ -41,7 +41,7 @@ def score_missing_inputs(
             if np.isnan(logits).any():
                 continue
             decisions = metrics.argmax_decisions(logits)
-            difference = intervals.paired_difference(decisions, full, labels, groups, resamples)
+            difference = intervals.macro_f1_difference(decisions, full, labels, groups, resamples)
             result.append(MissingInput(model, name, metrics.macro_f1(decisions, labels), difference))
     return result
 

@@ -92,7 +92,7 @@ def baseline_and_best(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | No
 
 def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
     """Return the difference in macro F1 over the validation lesions of all folds, and the number of lesions."""
-    from triderm_dist.intervals import paired_difference
+    from triderm_dist.intervals import macro_f1_difference
     from triderm_dist.metrics import argmax_decisions
     from triderm_dist.predictions import read_predictions
 
@@ -103,7 +103,7 @@ def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
         logits.append(argmax_decisions(np.concatenate([part.logits for part in parts])))
         labels.append(np.concatenate([part.labels for part in parts]))
     groups = np.concatenate([part.groups for part in parts])
-    return paired_difference(logits[0], logits[1], labels[1], groups), len(labels[1])
+    return macro_f1_difference(logits[0], logits[1], labels[1], groups), len(labels[1])
 
 
 def _read_repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
