@@ -141,7 +141,16 @@ def report(run: Path) -> None:
     """Read all that the report and the model card show, without drawing."""
     config = read_settings(ReportRun, [f"run={run}"])
     content = Content(run)
-    for name in ("scores", "held_out", "settings", "transforms", "synthetic", "curves", "stacker", "importance"):
+    for name in (
+        "scores",
+        "held_out",
+        "settings",
+        "transforms",
+        "synthetic",
+        "training_curves",
+        "stacker",
+        "importance",
+    ):
         getattr(content, name)
     extra_sets(run, content.networks)
     card_text(config, run)
