@@ -7,7 +7,7 @@ import pytest
 
 from triderm_dist import cli
 from triderm_dist.config import RunReader, load
-from triderm_dist.environment import read_environment, record_data, recorded, this_environment
+from triderm_dist.environment import read_environment, record_data, record_program, this_environment
 
 
 class Stage(RunReader):
@@ -53,7 +53,7 @@ def test_each_start_is_recorded_with_its_exit_code(run, tmp_path):
 
 def test_other_ranks_other_folders_and_other_outputs_record_nothing(run, tmp_path, monkeypatch):
     assert start(lambda config: None, f"run={run}", f"output={tmp_path}/elsewhere") == 0
-    with recorded(tmp_path / "no-run", "stack", cli.exit_code):
+    with record_program(tmp_path / "no-run", "stack", cli.exit_code):
         pass
     monkeypatch.setenv("RANK", "1")
     assert start(lambda config: None, f"run={run}") == 0
@@ -76,7 +76,7 @@ def test_programs_in_parallel_lose_no_record(run):
 def test_unreadable_record_is_kept_and_told(run, text, capsys):
     (run / "environment.json").write_text(text)
     assert read_environment(run)["starts"] == []
-    with recorded(run, "stack", cli.exit_code):
+    with record_program(run, "stack", cli.exit_code):
         pass
     assert (run / "environment.json").read_text() == text
     assert "environment.json: not readable; restore it from a copy, or delete it" in " ".join(

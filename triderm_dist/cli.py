@@ -21,13 +21,13 @@ from typing import get_origin
 
 from triderm_dist import __version__
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
-from triderm_dist.environment import lacks_log, recorded
+from triderm_dist.environment import lacks_log, record_program
 from triderm_dist.files import check_no_file, remove_dead_parts
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import one_line, printable
 from triderm_dist.runtime.process import prepare_process, tolerate_closed_output
 from triderm_dist.runtime.rank_variables import check_rank_variables
-from triderm_dist.runtime.redact import redacted_output, remember
+from triderm_dist.runtime.redact import redacted_output, register_secrets
 from triderm_dist.runtime.run_log import LOG_FOLDER, RunLog
 from triderm_dist.runtime.signals import (
     BAD_INPUT,
@@ -98,7 +98,7 @@ def run(
                 run_log = log.enter_context(RunLog(Path(folder), f"{words} ({__version__})", held))
             if isinstance(config, Experiment) and config.is_stage:
                 remove_dead_parts(config.folder, config.folder / "report", config.folder / "towers")
-                with recorded(config.folder, program_of(main), exit_code):
+                with record_program(config.folder, program_of(main), exit_code):
                     main(config)
             else:
                 main(config)
@@ -260,7 +260,7 @@ def read_settings(
         else:
             overrides.append(word)
     config = load(kind, file, overrides)
-    remember(config.model_dump(), pass_on=True)
+    register_secrets(config.model_dump(), pass_on=True)
     for key in (key for override in overrides for key in flatten(read_override(override))):
         if key == "run" and issubclass(kind, Experiment):
             continue

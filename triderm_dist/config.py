@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import why_no_folder, write_text
 from triderm_dist.runtime.messages import one_line, quoted
-from triderm_dist.runtime.redact import redact_tree, restore
+from triderm_dist.runtime.redact import redact_tree, restore_urls
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import (
     NULL,
@@ -1145,7 +1145,7 @@ def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
     their secrets are completed from `TRIDERM_URLS`. Raises ConfigError as `load` does, and for a plugin that cannot be
     imported.
     """
-    raw = restore(raw)
+    raw = restore_urls(raw)
     if issubclass(kind, Extensible):
         import_plugins(raw.get("plugins"))
     return validate(kind, raw)
@@ -1293,7 +1293,7 @@ def save(config: Section, path: Path) -> None:
     write_text(path, f"{SAVED}\n{yaml.safe_dump(tree, sort_keys=False)}{SAVED_END}\n")
 
 
-def absolute(key: str, value: str) -> str:
+def absolute_path(key: str, value: str) -> str:
     """Return the absolute form of a path setting; URLs, repositories and names of shipped tasks stay as they are."""
     shipped_task = key == "data.task" and not Path(value).exists()
     module = key == "plugins[]" and not value.endswith(".py")
@@ -1302,7 +1302,7 @@ def absolute(key: str, value: str) -> str:
 
 
 def _portable(file: Path, run: Path, key: str, value: str) -> str:
-    path = absolute(key, value)
+    path = absolute_path(key, value)
     if not Path(path).is_absolute() or not _inside(Path(path), run):
         return path
     relative = os.path.relpath(path, os.path.abspath(file.parent))

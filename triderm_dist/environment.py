@@ -74,7 +74,7 @@ def lacks_log(folder: Path) -> bool:
 
 
 @contextmanager
-def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
+def record_program(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
     """Add the start, duration and exit code of a program to the environment.json of a run; on rank 0 only.
 
     exit_code: the exit code of an exception, as a function of it. Adds nothing if the folder is not a run's, or is an

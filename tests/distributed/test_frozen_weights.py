@@ -18,7 +18,7 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.files import file_sha256
 from triderm_dist.models import build_towers
-from triderm_dist.models.lora import merged
+from triderm_dist.models.lora import merge_lora
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import CheckpointError
 
@@ -130,7 +130,7 @@ def test_lora_is_merged_with_the_weights_of_the_source(trained, pretrained):
             module, _, last = name.rpartition(".")
             place = f"{module}.parametrizations.{last}"
             bases[f"{place}.original" if f"{place}.0.a" in products else name] = tensor
-        for name, tensor in merged({**bases, **products}).items():
+        for name, tensor in merge_lora({**bases, **products}).items():
             assert torch.equal(weights[prefix + name], tensor), name
 
 

@@ -13,7 +13,13 @@ import pytest
 from tests.processes import finish, start, wait_for
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
-from triderm_dist.engine.parallel_folds import PROCESS_BYTES, _memory_per_fold, prepare, processes_that_fit, run_tasks
+from triderm_dist.engine.parallel_folds import (
+    PROCESS_BYTES,
+    _memory_per_fold,
+    prepare_folds,
+    processes_that_fit,
+    run_tasks,
+)
 from triderm_dist.engine.ray_folds import RayTasks, _schedule
 from triderm_dist.schema import ConfigError, InputError
 
@@ -166,7 +172,7 @@ def test_fold_process_imports_plugins(packed, tmp_path, monkeypatch):
     experiment = load(Experiment, None, words)
     monkeypatch.delitem(sys.modules, "triderm_plugin_my_optimizer", raising=False)
     (tmp_path / "imported").unlink()
-    prepare(str(tmp_path), experiment, 1, [])
+    prepare_folds(str(tmp_path), experiment, 1, [])
     assert (tmp_path / "imported").exists()
 
 

@@ -13,7 +13,7 @@ from triderm_dist.config import Experiment, save
 from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.model_card import write_card
-from triderm_dist.environment import record_data, recorded
+from triderm_dist.environment import record_data, record_program
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_card_names_the_test_score_the_data_and_the_stages(config):
     held_out = config.folder / "heldout.json"
     write_checked_json(held_out, {"macro_f1": 0.5, "interval": [0.4, 0.6], "argmax": 0.5, "n": 20, "absent": []})
     record_data(config.folder, "train", {"fingerprint": "abc123", "lesions": 140, "synthetic": True})
-    with recorded(config.folder, "crossval", cli.exit_code):
+    with record_program(config.folder, "crossval", cli.exit_code):
         pass
     text = card_of(config)
     assert "On 20 lesions of a test set: **0.500 (0.400 to 0.600)**." in text

@@ -10,7 +10,7 @@ from triderm_dist.checksums import write_checked_json
 from triderm_dist.commands import runs
 from triderm_dist.config import Experiment, load, save
 from triderm_dist.ensemble.run_list import find_runs
-from triderm_dist.environment import recorded
+from triderm_dist.environment import record_program
 from triderm_dist.schema import DataError
 
 HELD_OUT = {"macro_f1": 0.55, "interval": [0.5, 0.6], "argmax": 0.5, "n": 10, "absent": []}
@@ -49,7 +49,7 @@ def test_runs_are_sorted_by_score_and_unstacked_ones_come_last(folder):
 
 
 def test_date_is_that_of_the_last_stage_and_survives_a_copy(folder):
-    with recorded(folder / "low", "stack", cli.exit_code):
+    with record_program(folder / "low", "stack", cli.exit_code):
         pass
     before = find_runs(folder / "low")[0].date
     for path in (folder / "low").iterdir():

@@ -13,7 +13,7 @@ from tests.inference.small_tower import SMALL_TOWER
 from triderm_dist.config import LoraConfig, ModelConfig, TowerConfig, build
 from triderm_dist.engine.network_files import read_weights
 from triderm_dist.models import build_towers
-from triderm_dist.models.lora import add_lora, merged
+from triderm_dist.models.lora import add_lora, merge_lora
 from triderm_dist.models.panderm import build_panderm, split_panderm
 from triderm_dist.models.tower import InputSpec, Tower
 from triderm_dist.models.towers import TOWER_SOURCES
@@ -71,7 +71,7 @@ def test_tower_begins_as_it_was_and_ends_as_a_plain_one(kind: str) -> None:
         else:
             assert parameter.grad is None, name
 
-    weights, other = merged(tower.state_dict()), TOWERS[kind]()
+    weights, other = merge_lora(tower.state_dict()), TOWERS[kind]()
     assert weights.keys() == plain.keys()
     other.load_state_dict(weights)
     with torch.no_grad():

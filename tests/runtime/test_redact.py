@@ -16,7 +16,7 @@ from triderm_dist.config import Experiment, RemoteConfig, as_yaml, load, save
 from triderm_dist.data.shards.remote import Store
 from triderm_dist.runtime import redact as redacting
 from triderm_dist.runtime.messages import one_line
-from triderm_dist.runtime.redact import URLS, redact, redact_tree, remember
+from triderm_dist.runtime.redact import URLS, redact, redact_tree, register_secrets
 from triderm_dist.runtime.run_log import RunLog
 from triderm_dist.schema import ConfigError
 
@@ -157,7 +157,7 @@ def test_saved_settings_hold_no_secret_and_stages_get_it(tmp_path, url):
 
 
 def test_settings_without_secrets_leave_the_environment_alone():
-    remember({"shards": "s3://bucket/x", "output": "runs/x"}, pass_on=True)
+    register_secrets({"shards": "s3://bucket/x", "output": "runs/x"}, pass_on=True)
     assert not os.environ[URLS]
 
 

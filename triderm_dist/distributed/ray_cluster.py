@@ -144,7 +144,7 @@ def _check_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
-def capacity(needs: Needs) -> tuple[int, str]:
+def cluster_capacity(needs: Needs) -> tuple[int, str]:
     """Return the number of processes with these needs that the running Ray's nodes can run at once, and the largest
     node's resources as text.
     """

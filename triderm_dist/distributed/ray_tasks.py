@@ -8,7 +8,7 @@ from typing import Any
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.data.threads import Distribute, Key, Piece
-from triderm_dist.distributed.ray_cluster import RESUME, capacity, running_ray
+from triderm_dist.distributed.ray_cluster import RESUME, cluster_capacity, running_ray
 from triderm_dist.runtime.extras import require
 from triderm_dist.schema import ConfigError
 
@@ -26,7 +26,7 @@ def ray_tasks(address: str, cpus: int, doing: str) -> Iterator[Distribute]:
     """
     require("address", "ray")
     with running_ray(address, cpus, setting="address"):
-        fitting, largest = capacity({"CPU": cpus})
+        fitting, largest = cluster_capacity({"CPU": cpus})
         if not fitting:
             raise ConfigError(f"workers={cpus}: no machine of the cluster has so many cores; the largest has {largest}")
         print(f"{doing} on a Ray cluster, {fitting} shards at once", flush=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from triderm_dist.config import DataConfig, Experiment
 from triderm_dist.data.threads import Decoders, available_cores
-from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.doctor.findings import Finding, try_import
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.schema import DataError, InputError, Signature
 
@@ -55,7 +55,7 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
 
 
 def _extra_set(where: str, data: DataConfig, packed: ShardIndex) -> Finding:
-    config, union = data.extra_sets[where], imported("triderm_dist.data.union")
+    config, union = data.extra_sets[where], try_import("triderm_dist.data.union")
     index = open_shards(config.shards, data)
     if isinstance(index, str):
         return Finding(where, index, "error", f"correct {where}.shards, or pack the set")
@@ -95,7 +95,7 @@ def _task(data: DataConfig) -> str | None:
 
 def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
     """Return the index of packed shards, or why it cannot be read."""
-    opener = imported("triderm_dist.data.shards.open")
+    opener = try_import("triderm_dist.data.shards.open")
     if opener is None:
         return f"{where}: cannot be read without pyarrow and pillow"
     try:
@@ -206,7 +206,7 @@ def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, c
 def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequence[Gpu]) -> Need | None:
     """Estimate the need of a model; None if it reads a cache, and where no peak FLOP/s is known."""
     model = experiment.models[name]
-    if model.tower.cached or imported("torch") is None or imported("timm") is None:
+    if model.tower.cached or try_import("torch") is None or try_import("timm") is None:
         return None
     from triderm_dist.monitoring.expectation import assumed_mfu
     from triderm_dist.monitoring.flops import named_peak, training_flops

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.doctor.findings import Finding, State, imported
+from triderm_dist.doctor.findings import Finding, State, try_import
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
@@ -56,7 +56,7 @@ def disk_finding(
 
     packed, test: the packed sets, as `data.open_shards` returns them.
     """
-    if imported("torch") is None or imported("timm") is None:
+    if try_import("torch") is None or try_import("timm") is None:
         return Finding("disk needed", "unknown without torch and timm")
     try:
         need = estimate_disk(experiment, signature, packed, test)

@@ -22,7 +22,7 @@ class Finding:
     advice: str = ""
 
 
-def imported(name: str) -> Any:
+def try_import(name: str) -> Any:
     """Import a module; None if it is not installed or its import fails."""
     try:
         return importlib.import_module(name)
@@ -37,7 +37,7 @@ def errors(findings: dict[str, list[Finding]]) -> list[Finding]:
 
 def print_findings(findings: dict[str, list[Finding]]) -> None:
     """Print one table per section; plain lines if rich is not installed."""
-    if imported("rich") is None:
+    if try_import("rich") is None:
         for section, rows in findings.items():
             print(f"\n{section}")
             for row in rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from triderm_dist.config import find_file
-from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.doctor.findings import Finding, try_import
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import read_mapping, untyped
@@ -39,7 +39,7 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
     path = find_file("accelerate_configs", file)
     try:
         raw = untyped(read_mapping(path, "triderm config list names the shipped ones"))
-        if reader := imported("accelerate.commands.config.config_args"):
+        if reader := try_import("accelerate.commands.config.config_args"):
             reader.load_config_from_file(str(path))
         ranks = int(raw.get("num_processes") or 1)
         return Launcher(
@@ -145,7 +145,7 @@ def _port(port: int, alternative: str) -> Finding:
 
 def _holder(port: int) -> str:
     """Name the program that listens on a port, if this user may see it."""
-    psutil = imported("psutil")
+    psutil = try_import("psutil")
     if psutil is None:
         return ""
     try:

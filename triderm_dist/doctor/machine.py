@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triderm_dist.data.threads import available_cores
-from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.doctor.findings import GIB, Finding, try_import
 from triderm_dist.runtime.memory import memory
 
 MIN_SHARED_MEMORY = GIB
@@ -33,7 +33,7 @@ class Gpu:
 
 def find_gpus() -> list[Gpu]:
     """Return the GPUs that torch can use."""
-    torch = imported("torch")
+    torch = try_import("torch")
     if torch is None or not torch.cuda.is_available():
         return []
     gpus = []
@@ -52,7 +52,7 @@ def machine_findings(gpus: Sequence[Gpu], output: Path, written: Sequence[Path])
 
 def _devices(gpus: Sequence[Gpu]) -> list[Finding]:
     if not gpus:
-        torch = imported("torch")
+        torch = try_import("torch")
         if torch is None:
             return [Finding("GPU", "not known without torch")]
         return [no_gpu(torch.version.cuda, *_driver(), os.environ.get("CUDA_VISIBLE_DEVICES"))]

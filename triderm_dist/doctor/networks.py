@@ -9,7 +9,7 @@ from functools import partial
 from urllib.parse import urlsplit
 
 from triderm_dist.config import Experiment, ModelConfig
-from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.doctor.findings import GIB, Finding, try_import
 from triderm_dist.doctor.launcher import Strategy
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
@@ -48,7 +48,7 @@ def network_findings(experiment: Experiment, signature: Signature, hardware: Har
 
 
 def _precision(name: str, model: ModelConfig) -> Finding:
-    parallel = imported("triderm_dist.distributed.parallel")
+    parallel = try_import("triderm_dist.distributed.parallel")
     if parallel is None:
         return Finding(f"{name}: precision", "unknown without torch and accelerate")
     try:
@@ -71,7 +71,7 @@ def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
 def _memory(name: str, model: ModelConfig, signature: Signature, hardware: Hardware) -> Finding:
     """Compare the memory of a training per rank with that of the GPU, if there is one."""
     title = f"{name}: memory"
-    if imported("torch") is None or imported("timm") is None:
+    if try_import("torch") is None or try_import("timm") is None:
         return Finding(title, "unknown without torch and timm")
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 
@@ -123,7 +123,7 @@ def largest_micro_batch(global_batch: int, ranks: int, limit: int, smallest: int
 
 def _tower(name: str, model: ModelConfig) -> Finding:
     title, tower = f"{name}: tower", model.tower
-    if imported("torch") is None:
+    if try_import("torch") is None:
         return Finding(title, f"{tower.source}; not checked without torch")
     try:
         from triderm_dist.models.towers import locate_weights
@@ -147,7 +147,7 @@ def _init(name: str, model: ModelConfig) -> list[Finding]:
     settings = {f"extra_towers.{number}": each.init for number, each in enumerate(model.extra_towers)}
     if model.init:
         settings = {"init": model.init, **settings}
-    if settings and imported("torch") is None:
+    if settings and try_import("torch") is None:
         return [Finding(f"{name}: {key}", f"{init}; not checked without torch") for key, init in settings.items()]
     findings = []
     for key, init in settings.items():

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from triderm_dist.config import Experiment
 from triderm_dist.doctor import host_findings
 from triderm_dist.doctor.data import open_shards
-from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.doctor.findings import Finding, try_import
 from triderm_dist.doctor.software import installed
 from triderm_dist.schema import InputError
 
@@ -171,7 +171,7 @@ class Rendezvous:
 
 def inspect_rank(experiment: Experiment) -> RankReport:
     """Return the state of this rank."""
-    torch, local_rank = imported("torch"), int(os.environ.get("LOCAL_RANK", "0"))
+    torch, local_rank = try_import("torch"), int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     where, named = experiment.train_shards, experiment.data.shards
     packed = open_shards(where, experiment.data) if named or Path(where).exists() else ""
@@ -195,7 +195,7 @@ def _software(gpu: bool) -> dict[str, str]:
         found = installed(name)
         versions[name] = found[1] if found else "none"
     if gpu:
-        versions["NCCL"] = ".".join(map(str, imported("torch").cuda.nccl.version()))
+        versions["NCCL"] = ".".join(map(str, try_import("torch").cuda.nccl.version()))
     return versions
 
 

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from triderm_dist.doctor.findings import Finding, State, imported
+from triderm_dist.doctor.findings import Finding, State, try_import
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.runtime.extras import EXTRA_OF, install_command
 
@@ -101,7 +101,7 @@ def _fits(version: str, wanted: str) -> bool:
 
 
 def _torch_build() -> str:
-    torch = imported("torch")
+    torch = try_import("torch")
     if torch is None:
         return "does not import"
     if torch.version.cuda is None:
@@ -119,7 +119,7 @@ def nccl(gpu: bool) -> Finding:
             if (distribution.name or "").startswith("nvidia-nccl")
         ),
         gpu,
-        str(getattr(imported("torch.version"), "cuda", None)).partition(".")[0],
+        str(getattr(try_import("torch.version"), "cuda", None)).partition(".")[0],
     )
 
 
@@ -157,7 +157,7 @@ def compiler_finding(program: str | None, header: Path | None) -> Finding:
 
 def architectures(gpus: Sequence[Gpu]) -> list[Finding]:
     """Check that torch is built for each kind of GPU of this host."""
-    torch = imported("torch")
+    torch = try_import("torch")
     built = torch.cuda.get_arch_list() if torch and gpus else []
     return [
         finding

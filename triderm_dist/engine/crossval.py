@@ -38,7 +38,7 @@ from triderm_dist.engine.fold import (
 )
 from triderm_dist.engine.fold_folder import (
     FoldFolder,
-    exclusive,
+    lock_fold,
     mark_checkpoints_obsolete,
     remove_obsolete_checkpoints,
 )
@@ -140,7 +140,7 @@ def run_trainings(
                 run = experiment.folder.resolve().name
                 display = Display(run, number + 1, len(order), brief or position > 0, in_parallel, later)
                 training = create(views, stop, display)
-                with exclusive(training.path):
+                with lock_fold(training.path):
                     training.run()
 
 

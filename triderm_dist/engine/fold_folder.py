@@ -117,7 +117,7 @@ def is_trained(path: Path, result_hashes: Sequence[str]) -> bool:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def lock_fold(path: Path) -> Iterator[None]:
     """Hold the lock of a fold's folder on rank 0. Call on all ranks.
 
     Raises Busy on all ranks if another process holds it. The kernel releases the lock when the process dies. On a

@@ -64,8 +64,8 @@ def run_local_folds(
     cpus = cpus or max(1, cores // (len(experiment.models) * experiment.data.folds))
     names = list(dict.fromkeys(name for name, _ in folds))
     shared = os.getcwd(), experiment
-    if task := preparation(experiment, names):
-        run_tasks(ChildProcesses({task: (_stoppable, (prepare, *shared, cores, names))}, 1), [task], retries)
+    if task := preparation_name(experiment, names):
+        run_tasks(ChildProcesses({task: (_stoppable, (prepare_folds, *shared, cores, names))}, 1), [task], retries)
 
     def memory_per_fold() -> float:
         estimate = ChildProcesses({"memory": (_memory_per_fold, (*shared, cpus, names))}, 1)
@@ -75,7 +75,9 @@ def run_local_folds(
     at_once = processes_that_fit(min(cores // cpus, len(folds)), available_memory(), memory_per_fold)
     print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {counted(cpus, 'thread')}"), flush=True)
     first = {name: next(fold for fold in folds if fold[0] == name) for name in names}
-    tasks = {title(fold): (_stoppable, (train, *shared, cpus, *fold, fold != first[fold[0]])) for fold in folds}
+    tasks = {
+        fold_title(fold): (_stoppable, (train_fold, *shared, cpus, *fold, fold != first[fold[0]])) for fold in folds
+    }
     processes = ChildProcesses(tasks, at_once)
 
     def end_all_at_once() -> None:
@@ -105,12 +107,12 @@ def remaining_folds(experiment: Experiment, index: ShardIndex, models: Sequence[
     return [(name, fold) for name, fold in folds if not is_fold_finished(experiment, index, name, fold)]
 
 
-def title(fold: Fold) -> str:
+def fold_title(fold: Fold) -> str:
     """Return the name of a fold as a task."""
     return f"{fold[0]} fold {fold[1]}"
 
 
-def preparation(experiment: Experiment, models: Sequence[str]) -> str | None:
+def preparation_name(experiment: Experiment, models: Sequence[str]) -> str | None:
     """Return the name of the task that computes what folds of these models share; None if they share nothing."""
     if cached := [name for name in models if experiment.models[name].tower.cached]:
         return "tokens of " + ", ".join(cached)
@@ -170,7 +172,7 @@ def _print_progress(finished: int, total: int, seconds: float) -> None:
 # --- in the processes of the folds -----------------------------------------------------------------------------------
 
 
-def train(directory: str, experiment: Experiment, threads: int, name: str, fold: int, brief: bool = False) -> None:
+def train_fold(directory: str, experiment: Experiment, threads: int, name: str, fold: int, brief: bool = False) -> None:
     """Train one fold. brief: see `run_folds`."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
@@ -181,7 +183,7 @@ def train(directory: str, experiment: Experiment, threads: int, name: str, fold:
     run_folds(experiment, index, [name], [fold], on_start=save_settings, in_parallel=True, brief=brief)
 
 
-def prepare(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> None:
+def prepare_folds(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> None:
     """Compute what the folds of some models share."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.extra_sets import prepare_trainings

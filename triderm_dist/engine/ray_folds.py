@@ -12,8 +12,16 @@ from typing import Any
 
 from triderm_dist.config import Experiment
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.distributed.ray_cluster import capacity, running_ray
-from triderm_dist.engine.parallel_folds import Fold, preparation, prepare, remaining_folds, run_tasks, title, train
+from triderm_dist.distributed.ray_cluster import cluster_capacity, running_ray
+from triderm_dist.engine.parallel_folds import (
+    Fold,
+    fold_title,
+    preparation_name,
+    prepare_folds,
+    remaining_folds,
+    run_tasks,
+    train_fold,
+)
 from triderm_dist.runtime.child_processes import Failure
 from triderm_dist.runtime.extras import require
 from triderm_dist.runtime.messages import one_line
@@ -56,7 +64,7 @@ def _schedule(experiment: Experiment, folds: Sequence[Fold], cpus: int, gpus: fl
 
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    fitting, largest = capacity({"CPU": cpus, "GPU": gpus})
+    fitting, largest = cluster_capacity({"CPU": cpus, "GPU": gpus})
     if not fitting:
         raise ConfigError(
             f"cpus={cpus}, gpus={gpus:g}: no machine has the resources of one fold; the largest has {largest}"
@@ -68,10 +76,13 @@ def _schedule(experiment: Experiment, folds: Sequence[Fold], cpus: int, gpus: fl
     shared = os.getcwd(), experiment, cpus
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
     names = [name for name in experiment.models if name in dict(folds)]
-    if task := preparation(experiment, names):
-        pool = RayTasks({task: partial(remote.options(name=task).remote, prepare, *shared, names)})
+    if task := preparation_name(experiment, names):
+        pool = RayTasks({task: partial(remote.options(name=task).remote, prepare_folds, *shared, names)})
         run_tasks(pool, [task], retries)
-    tasks = {title(fold): partial(remote.options(name=title(fold)).remote, train, *shared, *fold) for fold in folds}
+    tasks = {
+        fold_title(fold): partial(remote.options(name=fold_title(fold)).remote, train_fold, *shared, *fold)
+        for fold in folds
+    }
     run_tasks(RayTasks(tasks), list(tasks), retries)
 
 

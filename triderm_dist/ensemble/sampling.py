@@ -28,10 +28,10 @@ def search_rows(labels: np.ndarray, seed: int) -> np.ndarray:
 
     labels: (N,) int64.
     """
-    return draw(labels, np.bincount(labels) * min(1.0, SEARCH_LESIONS / len(labels)), seed)
+    return draw_rows(labels, np.bincount(labels) * min(1.0, SEARCH_LESIONS / len(labels)), seed)
 
 
-def draw(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
+def draw_rows(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
     """Return a random choice of the lesions (N,) bool, of each diagnosis as many as wanted (C,), rounded up."""
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), bool)

@@ -16,7 +16,7 @@ import numpy as np
 
 from triderm_dist.config import Section
 from triderm_dist.ensemble.columns import Columns, batches_of
-from triderm_dist.ensemble.sampling import draw, shares_of
+from triderm_dist.ensemble.sampling import draw_rows, shares_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class TrainingRows:
         if most is None or len(self) <= most:
             return self
         counts = np.bincount(self.labels, minlength=len(self.diagnoses))
-        chosen = draw(self.labels, shares_of(counts, most), seed)
+        chosen = draw_rows(self.labels, shares_of(counts, most), seed)
         taken = self.take(chosen)
         weights = (counts / np.maximum(np.bincount(taken.labels, minlength=len(counts)), 1))[taken.labels]
         return replace(taken, source=taken.columns(), indices=np.arange(len(taken)), weights=weights)

@@ -3,7 +3,7 @@
 A weight W (out, in) becomes W + alpha / rank * B A, with A (rank, in) drawn as PyTorch draws that of a linear layer and
 B (out, rank) of zeros, so that training begins at the pretrained tower. It replaces the weight wherever the layer uses
 it (`torch.nn.utils.parametrize`), so that attention which reads a weight directly, as that of open_clip and BEiT, has
-it too. `merged` gives the weights of the plain architecture.
+it too. `merge_lora` gives the weights of the plain architecture.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _target(path: str, module: nn.Module, name: str) -> str | None:
     return "attention" if name == "in_proj_weight" or "attn" in path else "mlp"
 
 
-def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of the plain architecture: each product is added to its weight, as in training."""
     result = {}
     for name, tensor in weights.items():

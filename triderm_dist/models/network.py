@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from triderm_dist.config import LoraConfig, ModelConfig
 from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
-from triderm_dist.models.lora import add_lora, merged
+from triderm_dist.models.lora import add_lora, merge_lora
 from triderm_dist.models.towers import TokenShape, Tower
 from triderm_dist.schema import VIEWS, ConfigError, FineOutputs, Outputs, Signature
 from triderm_dist.settings import Section
@@ -52,7 +52,7 @@ FINE_HEAD = "fine_head."
 
 def finished_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights for prediction: without the head for finer labels, and with LoRA merged."""
-    return {name: tensor for name, tensor in merged(weights).items() if not name.startswith(FINE_HEAD)}
+    return {name: tensor for name, tensor in merge_lora(weights).items() if not name.startswith(FINE_HEAD)}
 
 
 class Network(nn.Module, ABC):

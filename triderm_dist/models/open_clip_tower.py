@@ -25,7 +25,7 @@ from triderm_dist.models.tower import (
     refuse_quick_gelu,
 )
 from triderm_dist.models.weight_files import (
-    existing,
+    existing_file,
     existing_weights,
     hub_file,
     is_cached,
@@ -64,7 +64,7 @@ def build_from_folder(name: str, options: TowerOptions) -> Tower:
 
 def locate_in_folder(name: str, pretrained: bool) -> WeightsLocation:
     """Find config and weights in a folder."""
-    existing(Path(name) / CONFIG_FILE)
+    existing_file(Path(name) / CONFIG_FILE)
     if pretrained:
         existing_weights(weights_in(Path(name), WEIGHT_FILES))
     return WeightsLocation("found", True)

@@ -304,7 +304,7 @@ def weights_in(folder: Path, preferred: Sequence[str]) -> Path:
     return next(iter(found.values()))
 
 
-def existing(path: Path) -> Path:
+def existing_file(path: Path) -> Path:
     """Return the path of a file. Raises InputError if there is none."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -316,7 +316,7 @@ def existing_weights(path: Path) -> Path:
 
     Raises InputError if there is none, CheckpointError for another kind of file.
     """
-    for part in _parts(existing(path)):
+    for part in _parts(existing_file(path)):
         _format(part)
     return path
 

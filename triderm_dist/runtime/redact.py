@@ -107,30 +107,30 @@ def redact_tree(value: Any, name: str = "") -> Any:
     return REDACTED if value and is_secret_name(name) else _redact_setting(value)
 
 
-def restore(value: Any) -> Any:
+def restore_urls(value: Any) -> Any:
     """Return settings in which each redacted URL that `TRIDERM_URLS` holds is complete again."""
     if isinstance(value, Mapping):
-        return {key: restore(each) for key, each in value.items()}
+        return {key: restore_urls(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [restore(each) for each in value]
+        return [restore_urls(each) for each in value]
     if not isinstance(value, str) or REDACTED not in value:
         return value
     given = os.environ.get(URLS, "")
     return next((url for url in (*given.split("\n"), *given.split()) if _redact_setting(url) == value), value)
 
 
-def remember(value: Any, pass_on: bool = False) -> None:
+def register_secrets(value: Any, pass_on: bool = False) -> None:
     """Remove the secrets of these settings from all later texts. pass_on: give their URLs to child processes too, by
     `TRIDERM_URLS`, since the settings that those read are saved without secrets.
     """
     if isinstance(value, Mapping):
         for name, each in value.items():
-            remember(each, pass_on)
+            register_secrets(each, pass_on)
             if isinstance(each, str) and len(each) >= _SHORTEST and is_secret_name(str(name)) and each != REDACTED:
                 _registered.add(each)
     elif isinstance(value, list | tuple):
         for each in value:
-            remember(each, pass_on)
+            register_secrets(each, pass_on)
     elif isinstance(value, str) and REDACTED not in value and _redact_setting(value) != value:
         _registered.update(_parts(value))
         passed_on = os.environ.get(URLS, "").split("\n")

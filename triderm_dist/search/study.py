@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from triderm_dist.cli import Interrupted
-from triderm_dist.config import absolute, find_file, load, map_paths, save
+from triderm_dist.config import absolute_path, find_file, load, map_paths, save
 from triderm_dist.files import exclusive_lock, write_text
 from triderm_dist.runtime.extras import require
 from triderm_dist.schema import ConfigError, InputError
@@ -137,7 +137,9 @@ def _open_folder(run: SearchRun, space: Space) -> None:
         raise ConfigError(f"{folder}: holds no search to resume; remove resume=true")
     ignored = {"space", "resume", "address", "seeds"}  # spaces are compared below, by content
     both = (load(SearchRun, settings_file), run)
-    before, now = (map_paths(each.model_dump(exclude={"output": True, "search": ignored}), absolute) for each in both)
+    before, now = (
+        map_paths(each.model_dump(exclude={"output": True, "search": ignored}), absolute_path) for each in both
+    )
     if key := _first_difference(before, now):
         raise ConfigError(f"{key}: differs from the search in {folder}; resume with its settings, see {settings_file}")
     if read_space(space_file) != space:

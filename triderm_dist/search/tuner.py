@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.distributed.ray_cluster import Needs, capacity, running_ray
+from triderm_dist.distributed.ray_cluster import Needs, cluster_capacity, running_ray
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.search import pbt
@@ -142,7 +142,7 @@ def _allocate(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
             "search.gpus: each worker of a trial needs its own GPU; set search.gpus to 1, or search.workers to 1"
         )
     needs = {"CPU": float(settings.cpus), "GPU": float(gpus)}
-    slots, largest = capacity(needs)
+    slots, largest = cluster_capacity(needs)
     if slots < settings.workers:
         raise ConfigError(
             f"search.workers, cpus, gpus: a trial needs {settings.workers} x ({settings.cpus} CPU, {gpus:g} GPU), "

@@ -255,7 +255,7 @@ class _Checked:
                         self._file.write(f"{line}\n".encode())
 
 
-def share(columns: ParquetColumns, folder: Path, check: Callable[[], None]) -> Columns:
+def share_columns(columns: ParquetColumns, folder: Path, check: Callable[[], None]) -> Columns:
     """Return the columns mapped from the files in `folder`, which the first process that calls this writes.
 
     check: compares samples.parquet with the index; called before the columns are written, and where they cannot be:

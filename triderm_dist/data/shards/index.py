@@ -36,7 +36,7 @@ from triderm_dist.data.shards.columns import (
     ParquetColumns,
     array_columns,
     content_key,
-    share,
+    share_columns,
     unreadable,
 )
 from triderm_dist.data.shards.format import (
@@ -287,7 +287,7 @@ def read_index(
     if verify or shared is None or len(index) < MAPPED_FROM:
         check_samples()
     if shared is not None and len(index) >= MAPPED_FROM:
-        index = replace(index, columns=share(columns, shared / content_key(path), check_samples))
+        index = replace(index, columns=share_columns(columns, shared / content_key(path), check_samples))
     if verify:
         verify_shards(index)
     return index

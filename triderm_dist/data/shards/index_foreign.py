@@ -38,7 +38,7 @@ from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, write_text
 from triderm_dist.runtime.messages import listed, printable
-from triderm_dist.runtime.redact import redact, redact_tree, remember
+from triderm_dist.runtime.redact import redact, redact_tree, register_secrets
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import milk10k_task
 
@@ -95,7 +95,7 @@ def index_shards(
         hashes = _hash_groups(found, output or local_name(where), hashing, note) if hashing else None
         _write(target or part / "index", found, extensions, hashes)
         if output:
-            remember(where, pass_on=True)
+            register_secrets(where, pass_on=True)
             write_text(Path(output) / TARS, f"{redact_tree(where)}\n", PATIENT_DATA)
         if target is None:
             _publish_index(part / "index", where)

@@ -17,7 +17,7 @@ from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_i
 from triderm_dist.data.shards.index_schema import check_content, read_index_json
 from triderm_dist.data.shards.remote import Store, disk_error
 from triderm_dist.files import copy_file, file_sha256
-from triderm_dist.runtime.redact import restore
+from triderm_dist.runtime.redact import restore_urls
 from triderm_dist.schema import DataError
 
 _FOLDER = 0o750
@@ -43,7 +43,7 @@ def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool
     if is_url(where):
         store = Store(str(where), remote)
     elif (tars := Path(where) / TARS).is_file():
-        store = _IndexedStore(restore(tars.read_text(encoding="utf-8").strip()), remote, Path(where))
+        store = _IndexedStore(restore_urls(tars.read_text(encoding="utf-8").strip()), remote, Path(where))
     else:
         return read_index(where, verify, _own_share(), cache_folder() / COLUMNS)
     path = _fetch_index(store, cache_root(remote))

@@ -22,7 +22,7 @@ from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
 from triderm_dist.files import file_sha256
 from triderm_dist.runtime.messages import one_line
-from triderm_dist.runtime.redact import REDACTED, URLS, redact, remember
+from triderm_dist.runtime.redact import REDACTED, URLS, redact, register_secrets
 from triderm_dist.schema import ConfigError, DataError
 
 POLL_SECONDS = 0.05
@@ -51,7 +51,7 @@ class Store:
                 f"{url}: saved settings hold no passwords and tokens; give the whole URL again, as the setting or in "
                 f"the environment variable {URLS}"
             )
-        remember(url)
+        register_secrets(url)
         if url.startswith("pipe:"):
             if not remote.allow_commands:
                 raise ConfigError(f"{redact(url)}: runs a command; set data.remote.allow_commands=true if you trust it")
