@@ -55,6 +55,24 @@ def test_candidates_have_a_weighting_of_each_member_the_mean_and_fitted_weights(
     assert list(one) == ["m0"]
 
 
+def test_seeds_of_a_model_share_its_weight() -> None:
+    """The candidates are those of an ensemble in which the mean of its seeds stands for the model."""
+    labels = labels_of(400)
+    parts = folds_of(labels)
+    a, a1, b, stack = members_of(labels, [1.5, 1.5, 1.0, 2.0])
+    seeds = [("a", "a-s1"), ("c", "c-s1")]
+    each = fit_candidates({"a": a, "a-s1": a1, "b": b, "stack": stack}, labels, parts, Fitting(QUICK, seeds=seeds))
+    by_model = fit_candidates({"a": (a + a1) / 2, "b": b, "stack": stack}, labels, parts, Fitting(QUICK))
+    assert set(each) == {"a", "a-s1", "b", "stack", "mean", "fitted"}
+    np.testing.assert_allclose(each["mean"].ensemble.weights, [1 / 6, 1 / 6, 1 / 3, 1 / 3])
+    for weighting in ("mean", "fitted"):
+        one, reference = each[weighting].ensemble, by_model[weighting].ensemble
+        first, *others = reference.weights
+        np.testing.assert_allclose(one.weights, [first / 2, first / 2, *others], atol=1e-12)
+        np.testing.assert_allclose(one.thresholds, reference.thresholds, atol=1e-6)
+        np.testing.assert_array_equal(each[weighting].decisions, by_model[weighting].decisions)
+
+
 @pytest.mark.parametrize(("lead", "expected"), [(-0.01, "mean"), (0.0, "mean"), (0.01, "fitted")])
 def test_plain_mean_unless_fitted_weights_beat_it(lead: float, expected: str) -> None:
     assert choose_weighting({"a": 0.4, "b": 0.5, "mean": 0.45, "fitted": 0.5 + lead}) == expected

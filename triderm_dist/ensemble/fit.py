@@ -8,7 +8,7 @@ as CSV: oof_submission.csv in the format of the task's challenge, else oof_proba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -197,7 +197,7 @@ def _nested_estimate(
 
 
 def _fitting(table: OofTable, config: Experiment) -> Fitting:
-    return Fitting(config.ensemble, config.seed, table.task.decision)
+    return Fitting(config.ensemble, config.seed, table.task.decision, list(_seeds(table.models, config).values()))
 
 
 def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:
@@ -327,13 +327,20 @@ def _beats(rival: str, gap: Interval) -> str:
 def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:
     """Return notes on the nested macro F1 of models that were trained with several seeds."""
     notes = []
-    for name, model in config.models.items():
-        seeds = [each for each in (name, *(f"{name}-s{number}" for number in range(1, model.seeds))) if each in models]
-        if len(seeds) > 1:
-            scores = [metrics.macro_f1(nested.decisions[each], labels) for each in seeds]
-            spread = f"{min(scores):.3f} to {max(scores):.3f}, standard deviation {np.std(scores, ddof=1):.3f}"
-            notes.append(f"{name}: nested macro F1 of its {len(seeds)} seeds {spread}")
+    for name, seeds in _seeds(models, config).items():
+        scores = [metrics.macro_f1(nested.decisions[each], labels) for each in seeds]
+        spread = f"{min(scores):.3f} to {max(scores):.3f}, standard deviation {np.std(scores, ddof=1):.3f}"
+        notes.append(f"{name}: nested macro F1 of its {len(seeds)} seeds {spread}; they share one weight")
     return notes
+
+
+def _seeds(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:
+    """Return the networks in `models` of each model of which several seeds are there, by the model's name."""
+    networks = {
+        name: [each for each in (name, *(f"{name}-s{number}" for number in range(1, model.seeds))) if each in models]
+        for name, model in config.models.items()
+    }
+    return {name: seeds for name, seeds in networks.items() if len(seeds) > 1}
 
 
 def _biased_scores(models: tuple[str, ...], config: Experiment) -> list[str]:

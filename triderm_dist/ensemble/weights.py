@@ -41,12 +41,14 @@ def fit_weights(
 class Fitting:
     """How candidates are fitted, and what is chosen among.
 
-    config: `ensemble` of the settings.  decision: one of `schema.DECISIONS`.
+    config: `ensemble` of the settings.  decision: one of `schema.DECISIONS`.  seeds: the members of each model that was
+    trained with several seeds.
     """
 
     config: EnsembleConfig
     seed: int = 0
     decision: str = "threshold"
+    seeds: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def fit_candidates(
 ) -> dict[str, Candidate]:
     """Fit one candidate per weighting: each member by its name, and with two members or more `mean` and `fitted`.
 
+    The seeds of a model share its weight equally: `mean` is the mean over models, and one weight is fitted per model.
+    More seeds of one model then neither outweigh the other models nor give the fit more to choose from.
+
     The thresholding of each candidate is the one of `thresholdings(decision)` with the best macro F1 over `parts` (N,):
     weights and thresholds are fitted without a part, and judged on it. Both the thresholding and the weights are
     searched on `sampling.search_rows`; then thresholds are fitted on all rows.
@@ -83,10 +88,12 @@ def _fit_candidates(
     for name, weights in zip(names, np.eye(len(names)), strict=True):
         weightings[name] = lambda _, weights=weights: weights  # type: ignore[misc]
     if len(names) > 1:
-        weightings[MEAN] = lambda _: np.full(len(names), 1 / len(names))
+        shares = _seed_shares(names, fitting.seeds)
+        models = searched if len(shares) == len(names) else np.stack([weighted_sum(row, searched) for row in shares])
+        weightings[MEAN] = lambda _: shares.mean(axis=0)
         objective = ArgmaxObjective if fitting.decision == "argmax" else MacroF1Objective
-        weightings[FITTED] = lambda some: _fit_weights(
-            objective([table[some] for table in searched], truth[some]), fitting.config.rounds
+        weightings[FITTED] = lambda some: (
+            _fit_weights(objective([table[some] for table in models], truth[some]), fitting.config.rounds) @ shares
         )
     choices, resamples = thresholdings(fitting.decision, fitting.config), Resamples(fitting.seed)
 
@@ -109,6 +116,14 @@ def _fit_candidates(
     order = [*reversed(weightings)]  # fitted weights take longest
     fitted = dict(zip(order, on_all_cores(candidate, order, len(labels)), strict=True))
     return {weighting: fitted[weighting] for weighting in weightings}
+
+
+def _seed_shares(names: Sequence[str], seeds: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return (models, M): the share of each member in its model, equal for the seeds of one model."""
+    model_of = {name: members[0] for members in seeds for name in members}
+    models = list(dict.fromkeys(model_of.get(name, name) for name in names))
+    shares = np.array([[model_of.get(name, name) == model for name in names] for model in models], dtype=float)
+    return shares / shares.sum(axis=1, keepdims=True)
 
 
 def choose_weighting(scores: Mapping[str, float]) -> str:
