@@ -19,6 +19,7 @@ from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.open import open_index
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.embed import embeddings
+from triderm_dist.engine.extra_sets import prepare_trainings
 from triderm_dist.engine.fold import assigned_folds, is_fold_finished
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
@@ -62,6 +63,14 @@ def test_seeds_are_members_with_weights_of_their_own(run: Path) -> None:
     experiment = load_run(Experiment, run)
     index = open_index(experiment.train_shards, experiment.data.remote)
     assert all(is_fold_finished(experiment, index, name, fold) for name in NAMES for fold in range(2))
+
+
+def test_notes_on_the_tower_are_printed_once_for_all_models(run: Path, tmp_path: Path, capsys) -> None:
+    experiment = load_run(Experiment, run)
+    index = open_index(experiment.train_shards, experiment.data.remote)
+    moved = experiment.model_copy(update={"output": str(tmp_path / "run"), "tokens": str(tmp_path / "tokens")})
+    prepare_trainings(moved, index, NAMES)
+    assert capsys.readouterr().out.count("randomly initialized") == 1
 
 
 def test_a_further_seed_is_the_training_of_that_seed(run: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def build(name: str, options: TowerOptions) -> Tower:
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.3, 0.4),
         architecture="small",
+        report="small: randomly initialized",
     )
 
 

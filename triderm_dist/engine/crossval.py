@@ -123,6 +123,7 @@ def run_trainings(
     matched, extra = open_extra_sets(experiment, index), None
     trainings = {name: remaining(name) for name in models}
     order = [name for name in models for _ in trainings[name]]
+    printed: set[str] = set()
     with Stop() as stop:
         for name in dict.fromkeys(order):
             accelerator = parallel.start_training(experiment.models[name].train, experiment.rank_timeout)
@@ -131,7 +132,7 @@ def run_trainings(
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
             views = open_training_views(
                 experiment, name, index, accelerator,
-                extra=extra, transforms=transforms, after_chunk=stop.check, brief=brief,
+                extra=extra, transforms=transforms, after_chunk=stop.check, printed=printed, brief=brief,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended

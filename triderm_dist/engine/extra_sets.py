@@ -91,11 +91,14 @@ def prepare_trainings(experiment: Experiment, index: ShardIndex, names: Sequence
     if extra:
         accelerator = start_training(experiment.models[names[0]].train)
         extra = without_shared_photos(extra, index, experiment, accelerator)
+    printed: set[str] = set()
     for name in names:
         if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
             # Computes what the cache lacks.
-            open_training_views(experiment, name, index, accelerator, extra=extra, transforms=experiment.oof.tta)
+            open_training_views(
+                experiment, name, index, accelerator, extra=extra, transforms=experiment.oof.tta, printed=printed
+            )
 
 
 def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:

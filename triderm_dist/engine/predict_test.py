@@ -47,6 +47,7 @@ def predict_test(
     models = list(models)
     folders = {name: network_folders(experiment, name, networks) for name in models}
     batch = experiment.predict.batch
+    printed: set[str] = set()
     for name in models:
         model = model_config(experiment, name)
         opened: dict[TowerRecord | None, Views] = {}
@@ -60,8 +61,9 @@ def predict_test(
             tower = fold_tower(folder, info)
             if tower not in opened:
                 opened[tower] = open_views(
-                    experiment, model, index, accelerator, train=False, transforms=transforms, recorded=tower
-                )
+                    experiment, model, index, accelerator,
+                    train=False, transforms=transforms, recorded=tower, printed=printed,
+                )  # fmt: skip
             views = opened[tower]
             network = load_network(model, views, folder)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)

@@ -74,6 +74,7 @@ def open_training_views(
     extra: Sequence[ExtraSet],
     transforms: int,
     after_chunk: Callable[[], None] = lambda: None,
+    printed: set[str] | None = None,
     brief: bool = False,
 ) -> Views:
     """Open the views for the trainings of model `name`, from the networks and with the towers of other runs that its
@@ -84,7 +85,7 @@ def open_training_views(
     return open_views(
         experiment, experiment.models[name], index, accelerator,
         train=True, transforms=transforms, after_chunk=after_chunk, extra=extra, save_record=True, start=start,
-        extra_towers=towers, brief=brief,
+        extra_towers=towers, printed=printed, brief=brief,
     )  # fmt: skip
 
 
@@ -102,6 +103,7 @@ def open_views(
     save_record: bool = False,
     start: WarmStart | None = None,
     extra_towers: Sequence[ExtraTower] = (),
+    printed: set[str] | None = None,
     brief: bool = False,
 ) -> Views:
     """Open photos for towers that train, or the cached output of a frozen tower or, with `tower.cache_frozen_blocks`,
@@ -114,12 +116,16 @@ def open_views(
     recorded, start: see `open_tower`.  save_record: write the record, and the weights of a frozen tower, to
     OUTPUT/towers.
     extra_towers: are joined with the tower, unless it is recorded.
-    brief: do not print notes on the set and the tower, since another process does.
+    printed: the notes on the set and the tower that were printed for other models; they are not printed again, and
+    those of this call are added.  brief: print none of them, since another process does.
     """
     build_augmentations(model.train.augment)  # raises for unknown ones, also where all tokens are cached
 
+    printed = set() if printed is None else printed
+
     def say(text: str) -> None:
-        if not brief:
+        if not brief and text not in printed:
+            printed.add(text)
             accelerator.print(wrapped(text), flush=True)
 
     for note in index.notes():
