@@ -1,5 +1,6 @@
 """Warm start: what is taken of another run, which network a fold begins with, and what is refused."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -154,12 +155,14 @@ def test_test_lesions_are_not_seen_either(sets, other_run, tmp_path):
         run_folds(config, main, ["cnn"], [0])
 
 
-def test_a_frozen_tower_gets_the_trained_weights_and_outlives_the_run(sets, other_run, tmp_path):
+def test_a_frozen_tower_gets_the_trained_weights_and_outlives_the_run(sets, other_run, tmp_path, capsys):
     main, _ = sets
     source = tmp_path / "source"
     shutil.copytree(other_run, source)
     config = experiment(main, tmp_path / "run", f"{source}/cnn", ", frozen: true, shared: true")
     run_folds(config, main, ["cnn"], [0])
+    (start,) = re.findall(r"starts from [^;]*;.*?left", " ".join(capsys.readouterr().out.split()))
+    assert "frozen tower" in start and "towers." not in start
     run = TrainedNetwork(folder := tmp_path / "run" / "cnn" / "fold-0", read_info(folder / "fold"))
     (tower,) = tower_weights(run, read_weights(folder / "weights")).values()
     trained = read_weights(source / "cnn" / "fold-0" / "weights")

@@ -117,19 +117,24 @@ def _identity(
 
 @dataclass(frozen=True)
 class Filled:
-    """Names of parameters and buffers. taken: loaded from `source`.  new: initialized.  left: of `source` only."""
+    """Names of parameters and buffers. taken: loaded from `source`.  new: initialized.  left: of `source` only.
+
+    frozen_tower: a frozen tower, which is not part of the network, has the weights of `source` too (`fill_tower`).
+    """
 
     source: TrainedNetwork
     taken: tuple[str, ...]
     new: tuple[str, ...]
     left: tuple[str, ...]
+    frozen_tower: bool
 
     def describe(self) -> str:
         """Describe in one line what was taken, initialized and left out, by part of the network."""
-        text = f"starts from {self.source.folder}: {_parts(self.taken)} taken"
+        taken = ", ".join([*(["frozen tower"] if self.frozen_tower else []), *_parts(self.taken)]) or "nothing"
+        text = f"starts from {self.source.folder}: {taken} taken"
         for names, what in ((self.new, "new"), (self.left, "left")):
             if names:
-                text += f"; {_parts(names)} {what}"
+                text += f"; {', '.join(_parts(names))} {what}"
         return text
 
     def about(self) -> dict[str, Any]:
@@ -181,8 +186,10 @@ def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) 
                 taken[name] = weights[name]
                 used.add(name)
     new = tuple(name for name in own if name not in taken)
-    filled = Filled(source, tuple(taken), new, tuple(name for name in weights if name not in used))
-    if not taken and not config.tower.frozen:  # the weights of a frozen tower are taken by `fill_tower`
+    frozen = config.tower.frozen
+    left = tuple(name for name in weights if name not in used and not (frozen and name.startswith("towers.")))
+    filled = Filled(source, tuple(taken), new, left, frozen)
+    if not taken and not frozen:
         raise CheckpointError(f"{source.folder}: nothing in it fits this network ({filled.describe()}); remove init")
     network.load_state_dict(taken, strict=False)
     return filled
@@ -247,6 +254,6 @@ def _counts(names: tuple[str, ...]) -> dict[str, int]:
     return dict(Counter(map(_part, names)))
 
 
-def _parts(names: tuple[str, ...]) -> str:
+def _parts(names: tuple[str, ...]) -> list[str]:
     """Name the parts of the network that tensors belong to, with the number of tensors."""
-    return ", ".join(f"{part} ({count})" for part, count in _counts(names).items()) or "nothing"
+    return [f"{part} ({count})" for part, count in _counts(names).items()]
