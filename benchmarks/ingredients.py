@@ -97,7 +97,7 @@ def print_scores(config: IngredientsRun, table: OofTable) -> None:
         "with minus without, 95%"
     )
     for part in (PLAIN, *config.parts):
-        names = [part, *(f"{part}-s{number}" for number in range(1, config.seeds))]
+        names = settings.seed_names(part, config.seeds)
         probabilities = [probabilities_of(table.logits[name], table.heads[name]) for name in names]
         decisions = [nested_decisions(p, table, config) for p in probabilities]
         plain = plain or decisions

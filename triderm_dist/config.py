@@ -735,6 +735,11 @@ RESERVED_MODELS = frozenset(
 """Names that no model may have: members and rows of an ensemble, and files and folders of a run."""
 
 
+def seed_names(name: str, seeds: int) -> list[str]:
+    """Return the names of the trainings of a model with several seeds: NAME, NAME-s1, NAME-s2, ..."""
+    return [name, *(f"{name}-s{number}" for number in range(1, seeds))]
+
+
 def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
     """Return the models, each followed by NAME-s1, NAME-s2, ... where it has several seeds; earlier ones are replaced.
 
@@ -745,8 +750,7 @@ def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
         if not model.seeds:
             continue
         result[name] = model
-        for number in range(1, model.seeds):
-            further = f"{name}-s{number}"
+        for further in seed_names(name, model.seeds)[1:]:
             if further in models and models[further].seeds:
                 raise ValueError(f"{further!r} is a model, and the name of a further seed of {name!r}; rename one")
             result[further] = model.model_copy(update={"seeds": 0})

@@ -314,7 +314,7 @@ def exclusive_lock(lock: Path, refusal: str) -> Iterator[int]:
             with suppress(FileNotFoundError):  # another process may have removed the folder before it released the lock
                 if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                     break
-        with suppress(OSError):  # on a full disk the lock holds, but nobody is resolve_dots
+        with suppress(OSError):  # on a full disk the lock holds, but nobody is named
             file.truncate(0)
             file.write(f"{os.getpid()} {socket.gethostname()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}\n")
             file.flush()
@@ -378,7 +378,7 @@ def _wait_for_lock(file: IO[str], refusal: str) -> None:
 
 
 def _holder(file: IO[str]) -> str:
-    """Return the process resolve_dots in a lock file."""
+    """Return the process named in a lock file."""
     file.seek(0)
     words = file.read(200).split()
     if len(words) != 4 or not words[0].isdigit():

@@ -8,7 +8,6 @@ docs/benchmarks.md has the measurement behind the threshold.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,8 +20,7 @@ import torch
 from PIL import Image
 
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.data.shards.join import PROBE
-from triderm_dist.data.shards.photos import size_and_hash
+from triderm_dist.data.shards.photos import PROBE, size_and_hash, start_hash
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path
@@ -168,15 +166,15 @@ def rows_with_equal_photo(index: ShardIndex, other: ShardIndex) -> np.ndarray:
 
 
 def _digests(index: ShardIndex, chosen: np.ndarray, most: int | None) -> np.ndarray:
-    """Return digests (N, views) uint64 of the size and the first `most` bytes, None: all, of the chosen photos (N,
-    views) bool; 0 for the others.
+    """Return the `start_hash` (N, views) uint64 of the first `most` bytes, None: all, of the chosen photos (N, views)
+    bool; 0 for the others.
     """
     result, shards = np.zeros(chosen.shape, np.uint64), FolderShards(index)
 
     def digest(place: tuple[int, ...]) -> int:
         size = int(index.sizes[place])
         data = shards.read(int(index.shard[place[0]]), int(index.offsets[place]), min(size, most or size))
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=size.to_bytes(8)).digest()) or 1
+        return start_hash(data, size)
 
     with closing(shards):
         for (row, view), value in map_in_order(digest, map(tuple, np.argwhere(chosen).tolist()), available_cores()):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.config import Experiment, import_plugins
+from triderm_dist.config import Experiment, import_plugins, seed_names
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
 from triderm_dist.ensemble.calibration import fit_temperature, member_probabilities
@@ -337,7 +337,7 @@ def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.nda
 def _seeds(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:
     """Return the networks in `models` of each model of which several seeds are there, by the model's name."""
     networks = {
-        name: [each for each in (name, *(f"{name}-s{number}" for number in range(1, model.seeds))) if each in models]
+        name: [each for each in seed_names(name, model.seeds) if each in models]
         for name, model in config.models.items()
     }
     return {name: seeds for name, seeds in networks.items() if len(seeds) > 1}

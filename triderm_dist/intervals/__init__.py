@@ -52,4 +52,4 @@ __all__ = [
     "shares",
     "spread",
     "student_mean",
-]  # fmt: skip
+]

@@ -79,8 +79,7 @@ def _parts(file: Path) -> list[Path]:
 
 def _listed_parts(index: Path) -> list[Path]:
     try:
-        listed = json.loads(index.read_bytes())["weight_map"].values()
-        names = sorted({str(name) for name in listed})
+        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index}: not a list of the parts of a weight file; download it again") from None
     if not names or any(Path(name).name != name or not name.isprintable() for name in names):

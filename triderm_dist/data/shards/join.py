@@ -11,7 +11,6 @@ number of bytes does, two photos differ. Photos that are alike in both are read 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,15 +27,12 @@ import simplejpeg
 from triderm_dist.data.shards.format import ShardFile, rows_schema, to_array
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.index_schema import MAX_SELECTED
-from triderm_dist.data.shards.photos import size_and_hash
+from triderm_dist.data.shards.photos import PROBE, size_and_hash, start_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import copy_file, new_folder
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError
-
-PROBE = 4096
-"""Bytes of a photo that are read to distinguish it from others."""
 
 
 def join_sets(
@@ -230,8 +226,7 @@ def _probes(path: Path, tar: _Tar, read: np.ndarray) -> np.ndarray:
                 height, width = simplejpeg.decode_jpeg_header(data)[:2]
             except ValueError:  # its header is longer
                 width, height, _ = size_and_hash(_read(file, tar, at, view))
-            digest = hashlib.blake2b(data, digest_size=8, key=int(sizes[at, view]).to_bytes(8))
-            result[at, view] = width, height, int.from_bytes(digest.digest()) or 1
+            result[at, view] = width, height, start_hash(data, int(sizes[at, view]))
     return result
 
 

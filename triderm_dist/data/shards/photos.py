@@ -28,6 +28,8 @@ from triderm_dist.runtime.terminal import counted
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 QUALITY = 90
+PROBE = 4096
+"""Bytes at the start of a photo that are read to distinguish it from others."""
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """The limit of Pillow: more is a decompression bomb, or a slide scan and not a photo of a lesion."""
 SEVERAL = "several pictures in one file, the main one kept"
@@ -235,6 +237,13 @@ def size_and_hash(data: bytes) -> tuple[int, int, int]:
         return 0, 0, 0
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     return width, height, int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) or 1
+
+
+def start_hash(start: bytes, size: int) -> int:
+    """Return a 64-bit hash, never 0, of the first bytes of a photo that has `size` bytes. It is equal for photos that
+    have the same size and begin alike.
+    """
+    return int.from_bytes(hashlib.blake2b(start, digest_size=8, key=size.to_bytes(8)).digest()) or 1
 
 
 def is_upright(data: bytes) -> bool:

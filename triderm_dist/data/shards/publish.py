@@ -77,8 +77,8 @@ class RemoteFolder:
             files.invalidate_cache()
             parents = (location.rstrip("/"), location.partition("?")[0].rstrip("/"))  # of links with and without query
             entries = [entry for entry in files.ls(location, detail=True) if entry["type"] == "file"]
-            resolve_dots = ((*entry["name"].rpartition("/")[::2], entry) for entry in entries)
-            return {name: entry for parent, name, entry in resolve_dots if parent in parents and name}
+            named = ((*entry["name"].rpartition("/")[::2], entry) for entry in entries)
+            return {name: entry for parent, name, entry in named if parent in parents and name}
 
         return retried(self.url, work)
 
