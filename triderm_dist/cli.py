@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import get_origin
 
 from triderm_dist import __version__
-from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
+from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, load
 from triderm_dist.environment import lacks_log, record_program
-from triderm_dist.files import check_no_file, remove_dead_parts
+from triderm_dist.files import check_no_file, is_writable, remove_dead_parts
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import one_line, printable
 from triderm_dist.runtime.process import prepare_process, tolerate_closed_output

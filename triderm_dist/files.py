@@ -403,3 +403,14 @@ def unlock_file(file: IO[Any]) -> None:
     """Release a lock of `lock_file`."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be written into a folder, which may not exist yet, or into that of a file."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return os.access(existing, os.W_OK | os.X_OK)
+
+
+def cache_folder() -> Path:
+    """Return the folder of this user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triderm-dist"

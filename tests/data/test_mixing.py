@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from triderm_dist.config import AugmentConfig, TrainConfig, validate
+from triderm_dist.config import AugmentConfig, TrainConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.mixing import Mixing
 from triderm_dist.schema import Batch, ConfigError
+from triderm_dist.settings import validate
 from triderm_dist.tasks import milk10k_task
 
 SIGNATURE = milk10k_task().signature(("a", "b"))

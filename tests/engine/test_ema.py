@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from triderm_dist.config import TrainConfig, validate
+from triderm_dist.config import TrainConfig
 from triderm_dist.engine.ema import Ema, EpochAverage
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import validate
 
 
 def set_weight(network: nn.Linear, value: float) -> None:

@@ -13,20 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from tests.small_tasks import TASKS
-from triderm_dist import config as settings_module
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import (
-    ADDED_KEYS,
     COSMETIC,
     EXECUTION,
-    FIRST_KEYS,
     Experiment,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
     load,
-    stable_dump,
 )
+from triderm_dist.config.hashes import FIRST_KEYS
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import (
     check_run_task,
@@ -38,13 +32,11 @@ from triderm_dist.engine.fold import (
 )
 from triderm_dist.engine.token_extraction import augmented_versions
 from triderm_dist.schema import ConfigError, DataError
-from triderm_dist.settings import Section, describe
 from triderm_dist.tasks import milk10k_task
 
 OLD_RUN = Path(__file__).parent / "run_754ad2d"
 RECORDS = json.loads((OLD_RUN / "hashes.json").read_text())
 INDEX = SimpleNamespace(fingerprint=RECORDS["fingerprint"])
-HASHED_SECTIONS = ("data", "models", "oof", "stack", "ensemble", "predict")
 
 
 @pytest.fixture
@@ -157,60 +149,3 @@ def test_hashes_equal_those_of_the_first_version(words, name):
     experiment = settings(OLD_RUN, *words)
     assert result_hash(experiment, INDEX, name, 1) == first_formula(experiment, name, 1)
     assert result_hash(experiment, INDEX, name, 1, exclude=EXECUTION) == first_formula(experiment, name, 1, EXECUTION)
-
-
-class LargerOptim(OptimConfig):
-    nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float | None = None
-
-
-class Schedule(Section):
-    kind: str = "cosine"
-
-
-class LargerTrain(TrainConfig):
-    optim: LargerOptim = LargerOptim()
-    schedule: Schedule = Schedule()
-
-
-class LargerModel(ModelConfig):
-    train: LargerTrain = LargerTrain()
-
-
-@pytest.mark.parametrize(
-    "train",
-    [
-        {"optim": {"nesterov": True}},
-        {"optim": {"betas": [0.9, 0.99]}},
-        {"optim": {"momentum": 0.0}},
-        {"schedule": {"kind": "linear"}},
-    ],
-)
-def test_new_setting_changes_the_hash_only_if_not_the_default(train):
-    before = stable_dump(ModelConfig(), "models.NAME")
-    assert stable_dump(LargerModel(), "models.NAME") == before
-    assert stable_dump(LargerModel.model_validate({"train": train}), "models.NAME") != before
-
-
-def test_changed_default_changes_the_hash(monkeypatch):
-    class OtherDefaults(OptimConfig):
-        min_lr: float = 1e-6
-        nesterov: bool = True
-
-    path = "models.NAME.train.optim"
-    before = stable_dump(OptimConfig(), path)
-    assert stable_dump(OtherDefaults(nesterov=False), path) != before  # one of FIRST_KEYS
-    monkeypatch.setitem(settings_module.ADDED_KEYS, f"{path}.nesterov", False)
-    assert stable_dump(OtherDefaults(min_lr=1e-7), path) != before
-    assert stable_dump(OtherDefaults(min_lr=1e-7, nesterov=False), path) == before
-
-
-def test_added_settings_are_listed_with_their_neutral_value():
-    keys = {row[0] for row in describe(Experiment) if row[0].partition(".")[0] in HASHED_SECTIONS}
-    # A mapping by name counts as one setting, and so does a list.
-    keys = {re.sub(r"(.\.NAME\..*)\.NAME\..*|\[\].*", r"\1", key) for key in keys}
-    assert keys >= FIRST_KEYS
-    missing, unknown = keys - FIRST_KEYS - set(ADDED_KEYS), set(ADDED_KEYS) - keys
-    assert not missing, f"list {sorted(missing)} in config.ADDED_KEYS, so that a later default differs from this one"
-    assert not unknown, f"config.ADDED_KEYS lists {sorted(unknown)}, which are not settings"

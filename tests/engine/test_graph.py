@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.small_tasks import task_of
-from triderm_dist.config import ModelConfig, TrainConfig, validate
+from triderm_dist.config import ModelConfig, TrainConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed import parallel
@@ -25,6 +25,7 @@ from triderm_dist.models import build_network
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.optim import build_optimizer, build_scheduler
 from triderm_dist.schema import Batch, ConfigError, InputError
+from triderm_dist.settings import validate
 
 CPU = torch.device("cpu")
 SIGNATURE = task_of().signature(("clinical/veil", "dermoscopic/veil"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.ensemble.conftest import training_rows
-from triderm_dist.config import Section, StackConfig
+from triderm_dist.config import StackConfig
 from triderm_dist.ensemble.fitted_stacker import (
     STACKERS,
     FittedStacker,
@@ -21,6 +21,7 @@ from triderm_dist.ensemble.stack_inputs import base_columns
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.predictions import OofTable
 from triderm_dist.schema import DIAGNOSES, ConfigError, DataError
+from triderm_dist.settings import Section
 from triderm_dist.tasks import milk10k_task
 
 QUICK = StackConfig(max_rounds=2, learning_rate=0.4, device="cpu")

@@ -11,8 +11,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from triderm_dist.config import CONFIG_FILE, cache_folder, read_yaml
-from triderm_dist.files import file_sha256
+from triderm_dist.config import CONFIG_FILE, read_yaml
+from triderm_dist.files import cache_folder, file_sha256
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import DataError, InputError
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_json, write_checked_tensors
-from triderm_dist.config import Section, StackConfig, build
+from triderm_dist.config import StackConfig, build
 from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
@@ -22,6 +22,7 @@ from triderm_dist.files import file_sha256
 from triderm_dist.runtime.extras import require
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.settings import Section
 
 FORMAT = "triderm-stacker"
 VERSION = 2

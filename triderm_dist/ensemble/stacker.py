@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from triderm_dist.config import Section
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.sampling import draw_rows, shares_of
+from triderm_dist.settings import Section
 
 
 @dataclass(frozen=True, eq=False)

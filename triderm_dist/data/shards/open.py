@@ -10,13 +10,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from triderm_dist.config import RemoteConfig, cache_folder
+from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.cache import Cache
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index
 from triderm_dist.data.shards.index_schema import check_content, read_index_json
 from triderm_dist.data.shards.remote import Store, disk_error
-from triderm_dist.files import copy_file, file_sha256
+from triderm_dist.files import cache_folder, copy_file, file_sha256
 from triderm_dist.runtime.redact import restore_urls
 from triderm_dist.schema import DataError
 
