@@ -26,7 +26,6 @@ from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.predictions import read_predictions, write_predictions
 from triderm_dist.report.slices import slice_masks
-from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, MetadataField
 from triderm_dist.tasks import milk10k_task
 
@@ -187,12 +186,3 @@ def test_synthetic_data_has_every_field_of_the_task(tmp_path: Path) -> None:
     values = np.array([lesion.metadata for lesion in lesions])
     assert 1 <= np.nanmin(values[:, 4]) < 5 and 25 < np.nanmax(values[:, 4]) <= 30
     assert set(values[:, 5][~np.isnan(values[:, 5])]) == {0.0, 1.0}
-
-
-def test_one_line_collapses_whitespace_and_shortens():
-    error = ValueError("first\n  second\tthird")
-    assert one_line(error) == "first second third"
-    assert one_line(error, with_type=True) == "ValueError: first second third"
-    assert one_line(error, 14) == "first seco ..." and len(one_line(error, 14)) == 14
-    assert one_line("\x1b[1;31mred\x1b[0m \x07 \ud800 \u202e Läsion") == "red \\x07 \\ud800 \\u202e Läsion"
-    assert one_line(TimeoutError()) == one_line(TimeoutError(), with_type=True) == "TimeoutError"
