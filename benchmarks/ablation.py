@@ -17,13 +17,13 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.nested import nested_decisions
-from triderm_dist import config as settings
 from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, build
 from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.predictions import DataSplit, OofTable, gather, labeled
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import merge
 
 WITHOUT: dict[str, dict[str, Any]] = {
     "view_alignment": {"fusion": ["semantic_gating"]},
@@ -74,7 +74,7 @@ def train_without(config: AblationRun, name: str, part: str, change: dict[str, A
     raw = config.model_dump(mode="json", exclude={"parts", "seeds"})
     raw |= {
         "output": str(config.folder / "ablation" / part),
-        "models": {name: settings.merge(raw["models"][name], change)},
+        "models": {name: merge(raw["models"][name], change)},
     }
     raw |= {"tokens": str(config.token_folder)}
     if number:
@@ -83,7 +83,7 @@ def train_without(config: AblationRun, name: str, part: str, change: dict[str, A
             "seed": config.seed + number,
             "token_seed": config.seed_of_tokens,
         }
-    experiment = settings.build(Experiment, raw)
+    experiment = build(Experiment, raw)
     index = open_index(config.train_shards, config.data.remote)
     run_folds(experiment, index, [name], range(experiment.data.folds))
     data = DataSplit(index.lesion_ids, index.labels, assigned_folds(index, experiment.data))

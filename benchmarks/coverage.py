@@ -56,7 +56,7 @@ class Lesions:
 
     def take(self, rows: np.ndarray) -> Lesions:
         networks = tuple(table[rows] for table in self.networks)
-        return Lesions(self.labels[rows], self.groups[rows], self.inside[rows], networks)  # type: ignore[arg-type]
+        return Lesions(self.labels[rows], self.groups[rows], self.inside[rows], networks)
 
 
 @dataclass
@@ -333,7 +333,7 @@ def candidates(
         skew = (frequency @ gaps**3) / (6 * scale) if scale else 0.0
         shifted = norm.ppf(below) + norm.ppf([0.025, 0.975])
         accelerated.append(np.quantile(draws, norm.cdf(norm.ppf(below) + shifted / (1 - skew * shifted))))
-    found["BCa bootstrap"] = accelerated  # type: ignore[assignment]
+    found["BCa bootstrap"] = accelerated
     result = {name: (Interval(0.0, *ends[0]), Interval(0.0, *ends[1])) for name, ends in found.items()}
     chosen = (
         intervals.macro_f1(first, labels),

@@ -103,7 +103,7 @@ def network_of(model: ModelConfig) -> nn.Module:
 
 
 def image_side(network: nn.Module) -> int:
-    return int(next(iter(network.towers.values())).input_shape[-1])  # type: ignore[union-attr,operator]
+    return int(next(iter(network.towers.values())).input_shape[-1])  # type: ignore[operator]
 
 
 def plain_settings(name: str, size: str) -> ModelConfig:
@@ -438,7 +438,7 @@ def timm_flops(towers: list[Any], inputs: list[torch.Tensor]) -> float:
         counter = FlopCounterMode(display=False)
         with FakeTensorMode() as mode, sdpa_kernel(SDPBackend.MATH), counter:
             named = [*tower.named_parameters(), *tower.named_buffers()]
-            state = {name: mode.from_tensor(tensor) for name, tensor in named}
+            state: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in named}
             two = torch.zeros(2, *x.shape[1:], device=x.device)
             torch.func.functional_call(tower, state, (two,)).float().sum().backward()
         total += counter.get_total_flops() / 2 * len(x)

@@ -198,7 +198,7 @@ def predicting(size: str) -> dict[str, Any]:
 
     full = size == "full"
     tower = {"tower": "timm:vit_base_patch16_224"} if full else {"tower": "timm:test_vit", "image_size": 32}
-    config = predict.PredictBenchmark(frozen=not full, lesions=512 if full else 50, **tower)  # type: ignore[arg-type]
+    config = predict.PredictBenchmark(frozen=not full, lesions=512 if full else 50, **tower)
     with tempfile.TemporaryDirectory() as folder:
         at = predict.train(Path(folder), config)
         run = open_run_folder(at)
@@ -264,7 +264,7 @@ def xgboost(rows: int, columns: int, size: str) -> dict[str, Any]:
     values, labels = rows_of(rows, columns, seed=1)
     found: dict[str, Any] = {"rows": rows, "columns": columns, "threads": openmp_threads()}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        config = StackConfig(device=device, max_rounds=100)  # type: ignore[arg-type]
+        config = StackConfig(device=device, max_rounds=100)
         seconds = []
         for _ in range(2):  # the first one on the GPU compiles and allocates
             started = time.perf_counter()

@@ -94,14 +94,25 @@ def in_tree(tree: Path, case: str, config: HeadsBenchmark, folder: Path, process
     for number in range(processes):
         job = json.dumps({"case": case, "folder": str(folder / str(number)), **options})
         words = [sys.executable, __file__, "measure", job]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        running.append(subprocess.Popen(words, cwd=tree, env=environment, text=True, **pipes))
+        running.append(
+            subprocess.Popen(
+                words,
+                cwd=tree,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     for process in running:
+        assert process.stdout
         while (line := process.stdout.readline()) and line != READY:
             pass
     values: list[dict[str, Any]] = []
     for process in running:
         with contextlib.suppress(BrokenPipeError):  # it has failed
+            assert process.stdin
             process.stdin.write("\n")
             process.stdin.flush()
     for process in running:

@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.nested import nested_decisions
-from triderm_dist import config as settings
 from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, build, seed_names
 from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.predictions import DataSplit, OofTable, gather, labeled
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import merge
 
 WITH: dict[str, dict[str, Any]] = {
     "label_smoothing": {"train": {"loss": {"label_smoothing": 0.05}}},
@@ -73,8 +73,8 @@ def train(config: IngredientsRun, name: str) -> OofTable:
     raw = config.model_dump(mode="json", exclude={"model", "parts", "seeds"})
     changes: dict[str, dict[str, Any]] = {PLAIN: {}, **{part: WITH[part] for part in config.parts}}
     model = {**raw["models"][name], "seeds": config.seeds}
-    raw["models"] = {part: settings.merge(model, change) for part, change in changes.items()}
-    experiment = settings.build(Experiment, raw)
+    raw["models"] = {part: merge(model, change) for part, change in changes.items()}
+    experiment = build(Experiment, raw)
     index = open_index(experiment.train_shards, experiment.data.remote)
     names = list(experiment.models)
     run_folds(experiment, index, names, range(experiment.data.folds))
@@ -97,7 +97,7 @@ def print_scores(config: IngredientsRun, table: OofTable) -> None:
         "with minus without, 95%"
     )
     for part in (PLAIN, *config.parts):
-        names = settings.seed_names(part, config.seeds)
+        names = seed_names(part, config.seeds)
         probabilities = [probabilities_of(table.logits[name], table.heads[name]) for name in names]
         decisions = [nested_decisions(p, table, config) for p in probabilities]
         plain = plain or decisions

@@ -20,11 +20,22 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.settings import Section
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from triderm_dist.config import DataConfig, ModelConfig, TrainConfig
+    from triderm_dist.data.loader import LoaderFactory
+    from triderm_dist.data.shards.index import ShardIndex
+    from triderm_dist.engine.ema import Ema
+    from triderm_dist.engine.graph import GraphedStep
+    from triderm_dist.engine.step import TrainStep
 
 GIB = 2**30
 LESIONS = 8
@@ -142,37 +153,53 @@ def _pretend_ranks(strategy: str) -> int:
 
 
 def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
-    import numpy as np
-    import torch
-
+    """Return the estimates and peaks of a case in bytes. folder: for the packed photos."""
     if case.strategy != "single":
         _pretend_ranks(case.strategy)
     from triderm_dist.config import Experiment, load
-    from triderm_dist.data.loader import LoaderFactory
-    from triderm_dist.data.photo_source import PhotoSource
-    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.bench import synthetic_shards
+    from triderm_dist.monitoring.memory_estimate import estimate_model_memory
+
+    experiment = load(Experiment, case.experiment, [f"train.compile={compiled}", "train.graph=false", *case.settings])
+    model, data = experiment.models[case.model], experiment.data
+    assert data.short_side, "the experiments of CASES reduce photos"
+    index = synthetic_shards(folder / f"shards-{data.short_side}", LESIONS, data.short_side)
+    accelerator = parallel.start_training(model.train)
+    assert accelerator.device.type == "cuda", "this benchmark needs a GPU"
+    found = _measured_peaks(model, data, index, accelerator)
+    half, ranks = accelerator.mixed_precision != "no", accelerator.num_processes
+    need, _ = estimate_model_memory(model, index.signature, half, ranks, case.strategy, index.canvas)
+    found["estimate"] = need.step(model.train.micro_batch)
+    found["evaluation_estimate"] = need.evaluation(model.train.micro_batch, 8)
+    return found
+
+
+def _measured_peaks(
+    model: ModelConfig, data: DataConfig, index: ShardIndex, accelerator: Accelerator
+) -> dict[str, float]:
+    """Train three steps and evaluate one batch; return the peaks of both, and what the allocator reserved."""
+    import numpy as np
+    import torch
+
+    from triderm_dist.data.loader import LoaderFactory
+    from triderm_dist.data.photo_source import PhotoSource
+    from triderm_dist.distributed import parallel
     from triderm_dist.engine.ema import Ema
     from triderm_dist.engine.evaluate import evaluate
     from triderm_dist.engine.finite import NonFiniteGuard
     from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream, warm_up_steps
     from triderm_dist.losses import CompoundLoss
-    from triderm_dist.monitoring.memory_estimate import estimate_model_memory, network_without_weights
+    from triderm_dist.monitoring.memory_estimate import network_without_weights
     from triderm_dist.optim import build_optimizer
 
-    experiment = load(Experiment, case.experiment, [f"train.compile={compiled}", "train.graph=false", *case.settings])
-    model = experiment.models[case.model]
-    config, data = model.train, experiment.data
-    index = synthetic_shards(folder / f"shards-{data.short_side}", LESIONS, data.short_side)
-    accelerator = parallel.start_training(config)
-    assert accelerator.device.type == "cuda", "this benchmark needs a GPU"
+    config, device = model.train, accelerator.device
     torch.cuda.reset_peak_memory_stats()
-    with torch.device("cpu" if is_stub() else accelerator.device):  # the stub cannot draw normal numbers
+    with torch.device("cpu" if is_stub() else device):  # the stub cannot draw normal numbers
         network, _ = network_without_weights(model, index.signature)
-    network = network.to(accelerator.device)
+    network = network.to(device)
     graphed, _ = choose_graph(accelerator, config, model.kind)
-    with on_graph_stream(accelerator.device, graphed):
+    with on_graph_stream(device, graphed):
         wrapped, prepared, optimizer = parallel.wrap(
             accelerator,
             network,
@@ -181,17 +208,40 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
             config.compile,
         )
     average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
-    loss = CompoundLoss(config.loss, model.head, np.ones(len(index.diagnoses))).to(accelerator.device)
+    loss = CompoundLoss(config.loss, model.head, np.ones(len(index.diagnoses))).to(device)
     guard = NonFiniteGuard(accelerator, optimizer)
     step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
-    warm_up = warm_up_steps(accelerator) + 1 if graphed else 2
-    tower = next(iter(network.towers.values()))
-    source = PhotoSource(index, tower.input_shape[-1], (0.5,) * 3, (0.5,) * 3, config.augment)
+    side = next(iter(network.towers.values())).input_shape[-1]  # type: ignore[index]
+    source = PhotoSource(index, int(side), (0.5,) * 3, (0.5,) * 3, config.augment)
     loaders = LoaderFactory(index, source, 1, data.prefetch)
-    rows = np.resize(np.arange(LESIONS), (warm_up + 2) * config.global_batch)
-    plan = EpochPlan(Samples.of(index, rows), Sampling("shuffle"), 0, 0)
-    batches = plan.batches(0, accelerator.num_processes, config.global_batch)
     wrapped.train()
+    found = _train(step, average, loaders, config, accelerator, warm_up_steps(accelerator) + 1 if graphed else 2)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    rows = np.resize(np.arange(LESIONS), 2 * config.micro_batch)
+    # The other ranks of a stub answer with numbers that are no rows.
+    with average.swapped_in() if average else contextlib.nullcontext(), contextlib.suppress(KeyError):
+        evaluate(wrapped, loaders, rows, accelerator, micro_batch=config.micro_batch, transforms=8)
+    return {**found, "evaluation_peak": torch.cuda.max_memory_allocated()}
+
+
+def _train(
+    step: TrainStep | GraphedStep,
+    average: Ema | None,
+    loaders: LoaderFactory,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    warm_up: int,
+) -> dict[str, float]:
+    """Train two steps after `warm_up` others; return their peaks of allocated and reserved memory."""
+    import numpy as np
+    import torch
+
+    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+
+    rows = np.resize(np.arange(LESIONS), (warm_up + 2) * config.global_batch)
+    plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), 0, 0)
+    batches = plan.batches(0, accelerator.num_processes, config.global_batch)
     sums = None
     for number, batch in enumerate(
         loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment)
@@ -201,22 +251,7 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
         sums = step(batch, number, sums).sums
         if average:
             average.after_step(number + 1)
-    found = {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    del batch
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    rows = np.resize(np.arange(LESIONS), 2 * config.micro_batch)
-    # The other ranks of a stub answer with numbers that are no rows.
-    with average.swapped_in() if average else contextlib.nullcontext(), contextlib.suppress(KeyError):
-        evaluate(wrapped, loaders, rows, accelerator, micro_batch=config.micro_batch, transforms=8)
-    found["evaluation_peak"] = torch.cuda.max_memory_allocated()
-    need, _ = estimate_model_memory(
-        model, index.signature, accelerator.mixed_precision != "no", accelerator.num_processes, case.strategy,
-        index.canvas,
-    )  # fmt: skip
-    found["estimate"] = need.step(config.micro_batch)
-    found["evaluation_estimate"] = need.evaluation(config.micro_batch, 8)
-    return found
+    return {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def variance(order: np.ndarray, labels: np.ndarray, batch: int) -> np.ndarray:
 
 def correlation(order: np.ndarray, other: np.ndarray) -> float:
     """Return the correlation of the places of the first copies in two orders."""
-    places = [np.unique(each, return_index=True)[1] for each in (order, other)]
-    return float(np.corrcoef(*places)[0, 1])
+    first, second = (np.unique(each, return_index=True)[1] for each in (order, other))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def measure(samples: Samples, sampling: Sampling, batch: int, epochs: int) -> dict[str, float]:

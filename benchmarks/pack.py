@@ -67,7 +67,7 @@ def packing(config: PackBenchmark, folder: Path) -> dict[str, float]:
 
 
 def planning(config: PackBenchmark, folder: Path) -> dict[str, float]:
-    results = {}
+    results: dict[str, float] = {}
     print(
         f"{'index of':>12} {'sampling':>9} {'window':>7} {'open s':>8} {'plan s':>8} {'peak MB':>8} {'of imports':>11}"
     )
@@ -133,7 +133,7 @@ def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignor
     from PIL import Image
 
     folder.mkdir()
-    tar = None
+    tar: tarfile.TarFile | None = None
     for number, lesion in enumerate(dataset.lesions):
         if number % 512 == 0:
             if tar:
@@ -153,6 +153,7 @@ def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignor
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{lesion.lesion_id}.{extension}")
             info.size = len(data)
+            assert tar
             tar.addfile(info, io.BytesIO(data))
     if tar:
         tar.close()

@@ -186,8 +186,8 @@ def forward(network: nn.Module, encoders: dict[str, nn.Module], photos: list[tor
 
 def first_answer(at: Path, lesions: PhotoSet) -> float:
     """Return the median CPU seconds of `triderm predict` for one photo beyond `import torch`."""
-    view = next(view for view, photos in lesions.photos.items() if photos[0] is not None)
-    words = ["-m", "triderm_dist", "predict", f"run={at}", f"input={lesions.photos[view][0]}", f"view={view}"]
+    view, path = next((view, photos[0]) for view, photos in lesions.photos.items() if photos[0] is not None)
+    words = ["-m", "triderm_dist", "predict", f"run={at}", f"input={path!s}", f"view={view}"]
     return statistics.median(cpu_seconds(words) - cpu_seconds(["-c", "import torch"]) for _ in range(STARTS))
 
 

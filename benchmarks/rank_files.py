@@ -89,8 +89,9 @@ def main(config: RankFiles) -> None:
     if config.output:
         config.output.write_text(json.dumps({"settings": config.model_dump(mode="json"), "cases": results}, indent=1))
     at_start = results[config.cases[0]][ROLES[-1]]
+    phases = [at_start.get(f"set, {phase}", Counter()) for phase in ("open", "plan")]
     print(json.dumps({"world": config.world, "lesions": config.lesions, **{
-        f"start_{kind}": round(sum(at_start.get(f"set, {phase}", {}).get(kind, 0) for phase in ("open", "plan")))
+        f"start_{kind}": round(sum(counts[kind] for counts in phases))
         for kind in KINDS
     }}))  # fmt: skip
 
@@ -197,15 +198,15 @@ def as_rank(config: RankFiles, folder: Path) -> None:
 
     def fetch_hole(store: Any, file: Any, path: Path, deadline: float, stop: Any) -> None:
         requests[now]["requests"] += 1
-        requests[now]["MB"] += max(file.bytes, 0) / 1e6  # type: ignore[assignment]
+        requests[now]["MB"] += max(file.bytes, 0) / 1e6
         if not file.url.endswith(".tar"):
             return download(store, file, path, deadline, stop)
         with path.open("wb") as hole:
             hole.truncate(file.bytes)
 
-    Store._download = fetch_hole  # type: ignore[method-assign]
+    Store._download = fetch_hole  # type: ignore[assignment,method-assign]
     check = remote._check
-    remote._check = lambda path, file: None if file.url.endswith(".tar") else check(path, file)  # type: ignore[assignment]
+    remote._check = lambda path, file: None if file.url.endswith(".tar") else check(path, file)
 
     rank, world = int(os.environ["RANK"]), config.world
     where = f"file://{folder}/set" if config.case == "url" else f"{folder}/set"

@@ -142,7 +142,8 @@ class Rank:
     def __init__(
         self, number: int, world: int, port: int, output: Path, settings: Path, work: Callable[[], None] | None = None
     ) -> None:
-        self.number, self.log, self.status = number, output.with_name(f"{output.name}.log"), None
+        self.number, self.log = number, output.with_name(f"{output.name}.log")
+        self.status: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:

@@ -16,12 +16,27 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.settings import Section
+
+if TYPE_CHECKING:
+    import torch
+
+    from triderm_dist.config import Experiment, ModelConfig
+    from triderm_dist.engine.step import TrainStep
+    from triderm_dist.engine.views import Views
+    from triderm_dist.losses import CompoundLoss, Sums
+
+METHODS = ("exact", "previous", "per micro-batch")
+TIMED = METHODS[:2]
+"""Those that the engine has."""
 
 
 class SumsRun(Section):
@@ -33,141 +48,196 @@ class SumsRun(Section):
     image_size: int = Field(64, ge=32, description="input side in pixels")
 
 
-METHODS = ("exact", "previous", "per micro-batch")
-
-
 def main(settings: SumsRun) -> None:
+    training = open_training(settings)
+    errors: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in TIMED}
+    previous = None
+    for number, batch in enumerate(global_batches(training, settings)):
+        training.network.train()
+        expected, now = training.undivided_gradient(batch), training.sums_of(batch)
+        for method, sums in zip(METHODS, (now, previous, None), strict=True):
+            if method != "previous" or previous is not None:
+                errors[method].append(difference(training.split_gradient(batch, sums), expected))
+        for order in range(2):
+            method = TIMED[(number + order) % 2]
+            training.set_rate(training.model.train.optim.lr if order else 0.0)  # both are timed, one changes weights
+            started = time.perf_counter()
+            training.steps[method](batch, number, now)
+            seconds[method].append(time.perf_counter() - started)
+        previous = now
+    print_results(settings, errors, {method: statistics.median(values) for method, values in seconds.items()})
+
+
+def experiment_of(settings: SumsRun) -> Experiment:
+    """Return the experiment whose model `m` is trained."""
+    from triderm_dist.config import Experiment, load
+
+    return load(
+        Experiment,
+        None,
+        [
+            f"models.m.tower={{source: '{settings.tower}', pretrained: false, image_size: {settings.image_size}}}",
+            *("models.m.tower.freeze_clinical=0", "models.m.tower.freeze_dermoscopic=0", "models.m.width=192"),
+            *("models.m.dropout=0", f"train.global_batch={settings.global_batch}"),
+            f"train.micro_batch={settings.micro_batch}",
+        ],
+    )
+
+
+def open_training(settings: SumsRun) -> Training:
+    """Build the network, its optimizer, and the engine's step with each source of sums."""
     import numpy as np
     import torch
 
-    from triderm_dist.config import Experiment, load
-    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.distributed import parallel
-    from triderm_dist.engine.evaluate import forward
     from triderm_dist.engine.finite import NonFiniteGuard
     from triderm_dist.engine.fold import new_network
     from triderm_dist.engine.step import TrainStep
     from triderm_dist.engine.views import open_views
-    from triderm_dist.losses import CompoundLoss, Sums, focal_loss, soft_f1_loss
+    from triderm_dist.losses import CompoundLoss
     from triderm_dist.optim import build_optimizer
     from triderm_dist.schema import ConfigError
 
     if not Path(settings.shards).exists():
         raise ConfigError(f"shards: {settings.shards} is missing; run make demo, or name other packed shards")
-    index = read_index(settings.shards)
-    batches = {"train.global_batch": settings.global_batch, "train.micro_batch": settings.micro_batch}
-    experiment = load(
-        Experiment,
-        None,
-        [
-            f"models.m.tower={{source: '{settings.tower}', pretrained: false, image_size: {settings.image_size}}}",
-            "models.m.tower.freeze_clinical=0", "models.m.tower.freeze_dermoscopic=0", "models.m.width=192",
-            "models.m.dropout=0", *(f"{key}={value}" for key, value in batches.items()),
-        ],
-    )  # fmt: skip
+    index, experiment = read_index(settings.shards), experiment_of(settings)
     model = experiment.models["m"]
-    config = {
-        method: model.train.model_copy(update={"loss": model.train.loss.model_copy(update={"soft_f1_sums": method})})
-        for method in METHODS[:2]
-    }
     accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
     views = open_views(experiment, model, index, accelerator, train=True)
     torch.manual_seed(0)
     network = new_network(model, views)
-    counts = np.bincount(index.labels, minlength=len(index.diagnoses))
-    loss = CompoundLoss(model.train.loss, model.head, counts)
+    loss = CompoundLoss(model.train.loss, model.head, np.bincount(index.labels, minlength=len(index.diagnoses)))
     wrapped, prepared, optimizer = parallel.wrap(
         accelerator, network, lambda net: build_optimizer(net, model.train.optim), False, False
     )
     guard = NonFiniteGuard(accelerator, optimizer)
-    train_steps = {
-        method: TrainStep(accelerator, wrapped, prepared, loss, settings, guard) for method, settings in config.items()
+    configs = {
+        method: model.train.model_copy(update={"loss": model.train.loss.model_copy(update={"soft_f1_sums": method})})
+        for method in TIMED
     }
-    trained = [p for p in network.parameters() if p.requires_grad]
+    steps = {
+        method: TrainStep(accelerator, wrapped, prepared, loss, config, guard) for method, config in configs.items()
+    }
+    return Training(model, views, wrapped, optimizer, loss, steps, accelerator.device)
 
-    def gradient() -> torch.Tensor:
-        found = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
-        optimizer.zero_grad()
-        return found
 
-    def undivided(step) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def global_batches(training: Training, settings: SumsRun) -> Iterator[Any]:
+    """Yield `settings.steps` complete global batches, epoch after epoch."""
+    import numpy as np
+
+    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+
+    loaders, left, epoch = training.views.loaders, settings.steps, 0
+    samples = Samples.of(loaders.index, np.arange(len(loaders.index)))
+    while True:
+        plan = EpochPlan(samples, Sampling(), 0, epoch).batches(0, 1, settings.global_batch)
+        augment = training.model.train.augment
+        for batch in loaders.create(plan, settings.micro_batch, training.device, augment=augment, epoch=epoch):
+            if not left:
+                return
+            if batch.count == settings.global_batch:
+                yield batch
+                left -= 1
+        epoch += 1
+
+
+@dataclass
+class Training:
+    """A network in training. steps: the engine's step with each source of sums."""
+
+    model: ModelConfig
+    views: Views
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: CompoundLoss
+    steps: dict[str, TrainStep]
+    device: torch.device
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of all parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def undivided_gradient(self, batch: Any) -> torch.Tensor:
         """Return the gradient by the plain formulas: all micro-batches' outputs first, then one loss."""
-        outputs = [forward(wrapped, batch) for batch in step.micro_batches]
-        labels = torch.cat([batch.labels for batch in step.micro_batches])
+        import torch
+
+        from triderm_dist.engine.evaluate import forward
+        from triderm_dist.losses import focal_loss, soft_f1_loss
+
+        config, head = self.model.train.loss, self.model.head
+        outputs = [forward(self.network, each) for each in batch.micro_batches]
+        labels = torch.cat([each.labels for each in batch.micro_batches])
         total = torch.zeros(())
-        for weight, head in zip((1.0, *[model.train.loss.aux_weight] * 2), range(3), strict=True):
-            logits = torch.cat([output[head] for output in outputs])
-            part = model.train.loss.focal_weight * focal_loss(logits, labels, model.head).mean()
-            total = total + weight * (part + model.train.loss.soft_f1_weight * soft_f1_loss(logits, labels, model.head))
+        heads = zip(*(output.heads for output in outputs), strict=True)
+        for weight, logits in zip((1.0, *[config.aux_weight] * 2), map(torch.cat, heads), strict=False):
+            focal, soft_f1 = focal_loss(logits, labels, head).mean(), soft_f1_loss(logits, labels, head)
+            total = total + weight * (config.focal_weight * focal + config.soft_f1_weight * soft_f1)
         total.backward()
-        return gradient()
+        return self._take_gradient()
 
-    def split(step, sums) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        """Return the gradient with given sums, or with the sums of each micro-batch if they are None."""
-        for batch in step.micro_batches:
-            outputs = forward(wrapped, batch)
-            part_sums = loss.sums(outputs, batch)
+    def split_gradient(self, batch: Any, sums: Sums | None) -> torch.Tensor:
+        """Return the gradient of one backward pass a micro-batch, with given sums; None: with those of each."""
+        from triderm_dist.engine.evaluate import forward
+
+        for each in batch.micro_batches:
+            outputs = forward(self.network, each)
+            own = self.loss.sums(outputs, each)
             if sums is not None:
-                part = loss.surrogate(part_sums, loss.slopes(sums, step.count))
+                part = self.loss.surrogate(own, self.loss.slopes(sums, batch.count))
             else:
-                slopes = loss.slopes(part_sums, int(batch.valid.sum()))
-                part = loss.surrogate(part_sums, slopes) / len(step.micro_batches)
+                slopes = self.loss.slopes(own, int(each.valid.sum()))
+                part = self.loss.surrogate(own, slopes) / len(batch.micro_batches)
             part.backward()
-        return gradient()
+        return self._take_gradient()
 
-    @torch.no_grad()
-    def sums_of(step) -> Sums:  # type: ignore[no-untyped-def]
-        parts = [loss.sums(forward(wrapped, batch), batch) for batch in step.micro_batches]
+    def sums_of(self, batch: Any) -> Sums:
+        """Return the sums over a global batch, without gradients."""
+        import torch
+
+        from triderm_dist.engine.evaluate import forward
+
+        with torch.no_grad():
+            parts = [self.loss.sums(forward(self.network, each), each) for each in batch.micro_batches]
         return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
-    samples = Samples.of(index, np.arange(len(index)))
-    errors: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS[:2]}
-    previous, number, epoch = None, 0, 0
-    while number < settings.steps:
-        plan = EpochPlan(samples, Sampling(), 0, epoch).batches(0, 1, settings.global_batch)
-        loader = views.loaders.create(
-            plan, settings.micro_batch, accelerator.device, augment=model.train.augment, epoch=epoch
-        )
-        for step in loader:
-            if number >= settings.steps or step.count < settings.global_batch:
-                break
-            wrapped.train()
-            expected, now = undivided(step), sums_of(step)
-            for method, sums in zip(METHODS, (now, previous, None), strict=True):
-                if method == "previous" and previous is None:
-                    continue
-                actual = split(step, sums)
-                cosine = torch.nn.functional.cosine_similarity(actual.double(), expected.double(), dim=0)
-                errors[method].append((float((actual - expected).norm() / expected.norm()), float(cosine)))
-            for order in range(2):
-                method = METHODS[(number + order) % 2]
-                rate = model.train.optim.lr if order else 0.0  # both are timed, one step changes the weights
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                started = time.perf_counter()
-                train_steps[method](step, number, now)
-                seconds[method].append(time.perf_counter() - started)
-            previous, number = now, number + 1
-        epoch += 1
-    medians = {method: statistics.median(values) for method, values in seconds.items()}
+    def _take_gradient(self) -> torch.Tensor:
+        import torch
+
+        gradients = [p.grad for p in self.network.parameters()]
+        found = torch.cat([each.flatten() for each in gradients if each is not None])
+        self.optimizer.zero_grad()
+        return found
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Return the relative error of a gradient, and the cosine of its angle to the expected one."""
+    import torch
+
+    cosine = torch.nn.functional.cosine_similarity(actual.double(), expected.double(), dim=0)
+    return float((actual - expected).norm() / expected.norm()), float(cosine)
+
+
+def print_results(
+    settings: SumsRun, errors: dict[str, list[tuple[float, float]]], seconds_per_step: dict[str, float]
+) -> None:
+    """Print the medians over steps, and as the last line the JSON object."""
     print(f"global batch {settings.global_batch} in micro-batches of {settings.micro_batch}, {settings.steps} steps")
     print(f"{'soft F1 sums':<26} {'gradient error':>14} {'cosine':>8} {'s/step':>8}")
+    error_of = {}
     for method, found in errors.items():
-        error, cosine = (statistics.median(values) for values in zip(*found, strict=True))
-        print(f"{method:<26} {error:>14.2e} {cosine:>8.4f} {medians.get(method, float('nan')):>8.3f}")
-    error_of = {method: statistics.median(error for error, _ in found) for method, found in errors.items()}
-    print(
-        json.dumps(
-            {
-                "exact_error": round(error_of["exact"], 8),
-                "previous_error": round(error_of["previous"], 4),
-                "own_error": round(error_of[METHODS[2]], 4),
-                "exact_cost": round(medians["exact"] / medians["previous"], 3),
-            }
-        )
-    )
+        error_of[method], cosine = (statistics.median(values) for values in zip(*found, strict=True))
+        seconds = seconds_per_step.get(method, float("nan"))
+        print(f"{method:<26} {error_of[method]:>14.2e} {cosine:>8.4f} {seconds:>8.3f}")
+    result = {
+        "exact_error": round(error_of["exact"], 8),
+        "previous_error": round(error_of["previous"], 4),
+        "own_error": round(error_of["per micro-batch"], 4),
+        "exact_cost": round(seconds_per_step["exact"] / seconds_per_step["previous"], 3),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(columns: np.ndarray, labels: np.ndarray, settings: Settings) -> FittedStacker:
-    config = StackConfig(device=settings.device)  # type: ignore[arg-type]
+    config = StackConfig(device=settings.device)
     return fit_stacker(training_rows(columns, labels), config, cores=openmp_threads())
 
 
@@ -122,7 +122,7 @@ def guides(columns: np.ndarray, labels: np.ndarray) -> object:
 def compare(settings: Settings) -> dict[str, float]:
     speedups, differences = [], []
     print(f"{settings.rows:,} rows to fit and to judge, {openmp_threads()} cores, ours on "
-          f"{device_of(StackConfig(device=settings.device), settings.rows * max(settings.columns))}\n")  # type: ignore[arg-type] # fmt: skip
+          f"{device_of(StackConfig(device=settings.device), settings.rows * max(settings.columns))}\n")  # fmt: skip
     print(f"{'columns':>8} {'eleven boosters':>17} {'one booster':>13} {'faster':>8}   "
           "macro F1 argmax, eleven -> one (less, 95%)   at 0.5")  # fmt: skip
     for width in settings.columns:
@@ -189,7 +189,7 @@ def million(settings: Settings) -> None:
         wrote = time.perf_counter() - started
         truth = np.concatenate(labels)
         started = time.perf_counter()
-        config = StackConfig(device=settings.device, max_rounds=settings.million_rounds, max_rows=None)  # type: ignore[arg-type]
+        config = StackConfig(device=settings.device, max_rounds=settings.million_rounds, max_rows=None)
         stacker = fit_stacker(training_rows(file, truth), config, cores=openmp_threads())
         fitted = time.perf_counter() - started
     judged, labels_judged = rows_of(20_000, 60, seed=2)
@@ -206,7 +206,7 @@ def stage(settings: Settings) -> float:
         folder = Path(name)
         write_oof(folder / "oof.parquet", out_of_fold(settings.rows))
         experiment = Experiment(
-            output=name, stack=StackConfig(device=settings.device), ensemble=EnsembleConfig(bootstrap=1000)  # type: ignore[arg-type]
+            output=name, stack=StackConfig(device=settings.device), ensemble=EnsembleConfig(bootstrap=1000)
         )  # fmt: skip
         save(experiment, folder / "config.yaml")
         seconds = {}

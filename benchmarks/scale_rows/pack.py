@@ -33,7 +33,7 @@ def write_tables(n: int, folder: Path) -> None:
     for start in range(0, n, CHUNK):
         own = np.arange(start, min(start + CHUNK, n))
         lesions, rows = len(own), 2 * len(own)
-        both = {
+        both: dict[str, Any] = {
             "lesion_id": np.repeat([f"IL_{at:08d}" for at in own.tolist()], 2),
             "image_type": np.tile(["clinical: close-up", "dermoscopic"], lesions),
             "isic_id": [f"ISIC_{at:08d}" for at in range(2 * start, 2 * start + rows)],
@@ -64,7 +64,7 @@ def read_tables(n: int, folder: Path) -> Dataset:
         for at in range(2 * n):
             yield f"{folder}/MILK10k_Training_Input/IL_{at // 2:08d}", f"ISIC_{at:08d}.jpg", ".jpg"
 
-    find_photos.walk_files = walk_files
+    find_photos.walk_files = walk_files  # type: ignore[assignment]
     (folder / "MILK10k_Training_Input").mkdir()
     found = milk10k.read_challenge(folder)
     assert len(found.lesions) == n and len(found.notes) == 1, found.notes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from triderm_dist.config import COSMETIC, AugmentConfig, Experiment, ModelConfig, build
+from triderm_dist.config import COSMETIC, AugmentConfig, Experiment, ModelConfig, TrainConfig, build
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import merge, nest, read_mapping, untyped
 
@@ -205,10 +205,20 @@ class _Rule(NamedTuple):
 
 
 def _rules(model: ModelConfig) -> list[_Rule]:
-    train = model.train
+    changes_no_result = ("seeds", *(f"train.{name}" for name in (*COSMETIC, "validate_every")))
+    return [
+        *_tower_rules(model),
+        *_network_rules(model),
+        *_train_rules(model.train),
+        _Rule(True, (), changes_no_result, "it changes no result of a trial"),
+    ]
+
+
+def _tower_rules(model: ModelConfig) -> list[_Rule]:
+    tower, augment = model.tower, model.train.augment
     return [
         _Rule(
-            model.tower.frozen,
+            tower.frozen,
             ("tower.frozen",),
             (
                 "tower.freeze_clinical",
@@ -222,17 +232,22 @@ def _rules(model: ModelConfig) -> list[_Rule]:
             "with tower.frozen no block of a tower is trained",
         ),
         _Rule(
-            model.tower.cached and train.augment.token_variants == 0,
+            tower.cached and augment.token_variants == 0,
             ("tower.frozen", "tower.cache_frozen_blocks", "train.augment.token_variants"),
             tuple(f"train.augment.{name}" for name in AugmentConfig.pixel_keys()),
             "a frozen tower or cache_frozen_blocks with token_variants 0 uses unaugmented photos only",
         ),
         _Rule(
-            not model.tower.cached,
+            not tower.cached,
             ("tower.frozen", "tower.cache_frozen_blocks"),
             ("tower.token_dtype", "train.augment.token_variants"),
             "nothing of the tower is cached",
         ),
+    ]
+
+
+def _network_rules(model: ModelConfig) -> list[_Rule]:
+    return [
         _Rule(
             model.kind in ("dual_cnn", "mlp"),
             ("kind",),
@@ -257,6 +272,11 @@ def _rules(model: ModelConfig) -> list[_Rule]:
             ("train.augment.concept_dropout",),
             "the network does not use concepts",
         ),
+    ]
+
+
+def _train_rules(train: TrainConfig) -> list[_Rule]:
+    return [
         _Rule(
             not train.augment.mixes,
             ("train.augment.mixup", "train.augment.cutmix"),
@@ -289,12 +309,6 @@ def _rules(model: ModelConfig) -> list[_Rule]:
                 f"train.loss.{weight} is 0",
             )
             for weight, names in train.loss.USED_WITH.items()
-        ),
-        _Rule(
-            True,
-            (),
-            ("seeds", *(f"train.{name}" for name in (*COSMETIC, "validate_every"))),
-            "it changes no result of a trial",
         ),
     ]
 
