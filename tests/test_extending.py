@@ -83,7 +83,9 @@ predict: {transforms: 1}
 KILL = """\
 import os
 import signal
+import threading
 import torch
+from triderm_dist.engine.background_writer import WRITER
 from triderm_dist.models.network import Network
 
 left = int(os.environ.get("KILL_AT_FORWARD", "0"))
@@ -94,6 +96,9 @@ def count(module, inputs):
     if isinstance(module, Network) and module.training:
         left -= 1
         if left == 0:
+            for thread in threading.enumerate():  # a checkpoint that is being written is finished first
+                if thread.name == WRITER:
+                    thread.join()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -409,7 +414,7 @@ def runs(tmp_path_factory) -> Callable[[int], Run]:
             ]  # fmt: skip
             killed = program(folder, *pipeline, KILL_AT_FORWARD=str(KILL_AT))
             assert killed.returncode == 128 + signal.SIGKILL, killed.stdout + killed.stderr
-            assert any((folder / "run").glob("*/fold-0/checkpoints/*")), killed.stdout + killed.stderr
+            assert any((folder / "run").glob("*/fold-0/checkpoints/*/state.json")), killed.stdout + killed.stderr
             launcher = yaml.safe_load((ROOT / "accelerate_configs" / f"{STRATEGIES[number]}.yaml").read_text())
             (folder / "two_ranks.yaml").write_text(yaml.safe_dump(launcher | {"num_processes": 2}))
             resumed = program(folder, *pipeline, "launcher=two_ranks.yaml")

@@ -66,6 +66,11 @@ def crossval(folder: Path, log: Path, parallel: str, *words: str) -> subprocess.
         )
 
 
+def saved_steps(fold: Path) -> list[int]:
+    """Return the steps of a fold's checkpoints."""
+    return [int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*") if path.suffix != ".part"]
+
+
 def process_of(run: Path, name: str, fold: int) -> int:
     """Return the ID of the process that trains a fold."""
     return int((run / name / f".fold-{fold}.lock").read_text().split()[0])
@@ -81,7 +86,7 @@ def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_pa
     process = crossval(tmp_path, first, *words)
     fold = tmp_path / "parallel" / "cnn" / "fold-0"
     output = first.read_text
-    wait_for(lambda: len(records(fold)) > 5, process, output)  # after the first checkpoint
+    wait_for(lambda: len(records(fold)) > 5 and saved_steps(fold), process, output)
     os.kill(process_of(tmp_path / "parallel", "cnn", 0), signal.SIGKILL)
     wait_for(lambda: "cnn fold 0 failed, restarting it from its last checkpoint" in output(), process, output)
     before = len(records(fold))
@@ -90,8 +95,7 @@ def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_pa
     assert finish(process).returncode == 3, first.read_text()
     assert "interrupted: rerun the same command to resume" in first.read_text()
     assert not (fold / "predictions.parquet").exists()
-    newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))
-    assert newest == records(fold)[-1]["step"]  # a checkpoint of the last step
+    assert max(saved_steps(fold)) == records(fold)[-1]["step"]  # a checkpoint of the last step
     assert not list((tmp_path / "parallel").rglob("*.part"))
 
     process = crossval(tmp_path, second, *words)

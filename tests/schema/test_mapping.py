@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from triderm_dist.schema import ConfigError
-from triderm_dist.schema.mapping import build, plain
+from triderm_dist.schema.mapping import as_mapping, build_dataclass
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Whole:
 
 def test_nested_mapping_round_trips():
     raw = {"parts": [{"name": "a", "size": 2.5, "known": False}, {"name": "b"}], "words": {"x": ["y", "z"]}}
-    whole = build(Whole, raw)
+    whole = build_dataclass(Whole, raw)
     assert whole == Whole((Part("a", 2.5, False), Part("b")), words={"x": ("y", "z")})
-    assert plain(whole) == raw
-    assert build(Whole, plain(whole)) == whole
+    assert as_mapping(whole) == raw
+    assert build_dataclass(Whole, as_mapping(whole)) == whole
 
 
 def test_either_type_of_a_field_is_read():
-    assert build(Whole, {"parts": [], "where": {"left": "l"}}).where == {"left": "l"}
-    assert build(Whole, {"parts": [], "where": 3}).where == "3"
-    assert build(Whole, {"parts": [], "first": {"name": "a"}}).first == Part("a")
+    assert build_dataclass(Whole, {"parts": [], "where": {"left": "l"}}).where == {"left": "l"}
+    assert build_dataclass(Whole, {"parts": [], "where": 3}).where == "3"
+    assert build_dataclass(Whole, {"parts": [], "first": {"name": "a"}}).first == Part("a")
 
 
 def test_null_is_none_or_empty():
-    assert build(Whole, {"parts": None, "words": "~", "first": "null"}) == Whole((), words={})
+    assert build_dataclass(Whole, {"parts": None, "words": "~", "first": "null"}) == Whole((), words={})
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_null_is_none_or_empty():
 )
 def test_what_does_not_fit_is_named(raw, message):
     with pytest.raises(ConfigError, match=message):
-        build(Whole, raw)
+        build_dataclass(Whole, raw)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+WRITER = "writer"
+"""The name of the thread."""
+
 
 class BackgroundWriter:
     """Runs one piece of work at a time on a thread."""
@@ -24,7 +27,7 @@ class BackgroundWriter:
                 self._error = error
 
         # A second Ctrl-C ends the process without it: a file is written whole or not at all.
-        self._thread = threading.Thread(target=run, name="writer", daemon=True)
+        self._thread = threading.Thread(target=run, name=WRITER, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

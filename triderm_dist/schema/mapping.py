@@ -14,7 +14,7 @@ from triderm_dist.schema.errors import ConfigError
 Built = TypeVar("Built")
 
 
-def build(kind: type[Built], raw: Any, at: str = "") -> Built:
+def build_dataclass(kind: type[Built], raw: Any, at: str = "") -> Built:
     """Build a dataclass from a mapping, and the dataclasses, lists and mappings among its fields.
 
     at: where in the file, as `fields[2]`. Raises ConfigError for an unknown or missing key and a value of another type.
@@ -42,7 +42,7 @@ def _parse(annotation: Any, value: Any, at: str) -> Any:
         of_mapping = [each for each in alternatives if (get_origin(each) is Mapping) == isinstance(value, Mapping)]
         return _parse((of_mapping or alternatives)[0], value, at)
     if isinstance(annotation, type) and is_dataclass(annotation):
-        return build(annotation, value, at)
+        return build_dataclass(annotation, value, at)
     if origin is tuple:
         return _list(arguments[0], value, at)
     if origin is Mapping:
@@ -100,17 +100,17 @@ def _type_in_words(value: Any) -> str:
     return "a list" if isinstance(value, list | tuple) else "a mapping" if isinstance(value, Mapping) else repr(value)
 
 
-def plain(value: Any) -> Any:
+def as_mapping(value: Any) -> Any:
     """Convert a dataclass, mapping or sequence to JSON types; fields with their default value are left out."""
     if isinstance(value, str) or value is None or isinstance(value, int | float):
         return value
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: as_mapping(item) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [plain(item) for item in value]
+        return [as_mapping(item) for item in value]
     given = {}
     for each in fields(value):
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         if (item := getattr(value, each.name)) != default:
-            given[each.name] = plain(item)
+            given[each.name] = as_mapping(item)
     return given

@@ -10,7 +10,7 @@ from typing import Any
 
 from triderm_dist.runtime.messages import did_you_mean, quoted
 from triderm_dist.schema.errors import ConfigError
-from triderm_dist.schema.mapping import build, plain
+from triderm_dist.schema.mapping import as_mapping, build_dataclass
 from triderm_dist.schema.metadata import MetadataField
 
 VIEWS: tuple[str, str] = ("clinical", "dermoscopic")
@@ -171,13 +171,13 @@ class Task:
     def from_mapping(cls, raw: Any, where: str) -> Task:
         """Build a task from the mapping of a YAML or JSON file. Raises ConfigError, with `where` in front."""
         try:
-            return build(cls, raw)
+            return build_dataclass(cls, raw)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the mapping, fit for JSON and without defaults, from which `from_mapping` builds an equal task."""
-        return plain(self)
+        return as_mapping(self)
 
     @property
     def diagnosis_names(self) -> tuple[str, ...]:
