@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from benchmarks.nested import nested_decisions
-from triderm_dist import intervals, metrics
+from benchmarks.nested import SeedScores, header
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, build, seed_names
 from triderm_dist.ensemble.calibration import probabilities_of
@@ -85,42 +84,20 @@ def train(config: IngredientsRun, name: str) -> OofTable:
 
 def print_scores(config: IngredientsRun, table: OofTable) -> None:
     """Print a row for each variant, and as the last line the JSON object."""
-    labels, groups, resamples = table.labels, table.groups, config.ensemble.bootstrap
-    rarest = int(np.bincount(labels, minlength=len(table.diagnoses)).argmin())
-    plain: list[np.ndarray] = []
+    plain: SeedScores | None = None
     result: dict[str, Any] = {}
     print(
-        f"{len(labels)} lesions, {config.seeds} seeds; means over seeds, with the standard deviation of nested macro F1"
+        f"{len(table.labels)} lesions, {config.seeds} seeds; means over seeds, with the standard deviation of nested "
+        "macro F1"
     )
-    print(
-        f"{'':<22}{'nested':>16}{'without ' + table.diagnoses[rarest]:>16}{'argmax':>8}{'AUC':>8}{'NLL':>8}   "
-        "with minus without, 95%"
-    )
+    print(f"{header(table)}   with minus without, 95%")
     for part in (PLAIN, *config.parts):
         names = seed_names(part, config.seeds)
-        probabilities = [probabilities_of(table.logits[name], table.heads[name]) for name in names]
-        decisions = [nested_decisions(p, table, config) for p in probabilities]
-        plain = plain or decisions
-        nested = [metrics.macro_f1(each, labels) for each in decisions]
-        without_rarest = [float(np.delete(metrics.f1_per_class(each, labels), rarest).mean()) for each in decisions]
-        argmax = [metrics.argmax_macro_f1(p, labels) for p in probabilities]
-        area = [metrics.mean_area_under_roc(p, labels, each) for p, each in zip(probabilities, decisions, strict=True)]
-        loss = [
-            metrics.negative_log_likelihood(p, labels, each) for p, each in zip(probabilities, decisions, strict=True)
-        ]
-        gain = intervals.mean_over_seeds(
-            [
-                intervals.macro_f1_difference(one, other, labels, groups, resamples, config.seed)
-                for one, other in zip(decisions, plain, strict=True)
-            ]
-        )
-        deviation = np.std(nested, ddof=1) if config.seeds > 1 else np.nan
-        score = f"{np.mean(nested):.3f} \u00b1 {deviation:.3f}"
-        print(
-            f"{part:<22}{score:>16}{np.mean(without_rarest):>16.3f}"
-            f"{np.mean(argmax):>8.3f}{np.mean(area):>8.3f}{np.mean(loss):>8.3f}   {'' if part == PLAIN else gain}"
-        )
-        result[part] = {"nested": round(float(np.mean(nested)), 4), "gain": round(gain.value, 4)}
+        scores = SeedScores.of([probabilities_of(table.logits[n], table.heads[n]) for n in names], table, config)
+        plain = plain or scores
+        gain = scores.minus(plain, table, config)
+        print(f"{scores.row(part)}   {'' if part == PLAIN else gain}")
+        result[part] = {"nested": round(float(np.mean(scores.nested)), 4), "gain": round(gain.value, 4)}
     print(json.dumps(result))
 
 

@@ -101,6 +101,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "report": ["lesions=500", "many=2000", "models=1", "resamples=10"],
         "scale": ["rows=[plan, pack driver]", "largest=10000", f"scratch={folder}"],
         "scaling": ["networks=[dual_cnn]", "check=false"],
+        "seeds": [f"run={run}", f"other={run}"],
         "soft_f1_sums": [f"shards={train}", "steps=2", "global_batch=8", "micro_batch=4", *tower],
         "stack": [
             *("rows=500", "columns=[60]", "repeats=1", "million=2000", "million_rounds=2"),
