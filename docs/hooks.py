@@ -5,6 +5,7 @@ MkDocs calls `on_config`, `on_files` and `on_page_markdown` (mkdocs.yml, `hooks`
 
 from __future__ import annotations
 
+import ast
 import importlib
 from pathlib import Path
 
@@ -60,11 +61,25 @@ def api_pages() -> list[tuple[str, str]]:
 def api_page(package: str) -> str:
     """A page that lists the modules of one package for mkdocstrings."""
     folder = ROOT.joinpath(*package.split("."))
-    modules = [f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem[0] != "_"]
+    sections = {f"{package}.{path.stem}": "" for path in sorted(folder.glob("*.py")) if path.stem[0] != "_"}
     if (folder / "__init__.py").stat().st_size:
-        modules.insert(0, package)
-    sections = (f"::: {module}\n    options: {{heading_level: 2}}\n" for module in modules)
-    return "\n".join((f"# {package}\n", *sections))
+        # What it takes from its modules is on the page with them.
+        own = ", ".join(defined_names(folder / "__init__.py"))
+        sections = {package: f", members: [{own}]" if own else ", members: false", **sections}
+    entries = (f"::: {module}\n    options: {{heading_level: 2{more}}}\n" for module, more in sections.items())
+    return "\n".join((f"# {package}\n", *entries))
+
+
+def defined_names(file: Path) -> list[str]:
+    """Return the public names that a module defines itself."""
+    found = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in found if not name.startswith("_")]
 
 
 def experiment_settings() -> str:
