@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from benchmarks.nested import nested_decisions
-from triderm_dist import intervals, metrics
+from benchmarks.nested import SeedScores, header
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, build
 from triderm_dist.ensemble.calibration import probabilities_of
@@ -94,31 +93,20 @@ def train_without(config: AblationRun, name: str, part: str, change: dict[str, A
 def print_scores(config: AblationRun, name: str, tables: dict[str, list[OofTable]]) -> None:
     """Print the nested score of each variant, and as the last line the JSON object. tables: of each seed."""
     first = tables[FULL][0]
-    labels, groups, resamples = first.labels, first.groups, config.ensemble.bootstrap
+    full: SeedScores | None = None
     result: dict[str, Any] = {}
-    decisions: dict[str, list[np.ndarray]] = {}
     print(
-        f"{len(labels)} lesions, {config.seeds} seeds; mean and standard deviation of nested macro F1 over seeds, gain "
-        "of the part (full minus without) with its 95% interval over lesions and seeds"
+        f"{len(first.labels)} lesions, {config.seeds} seeds; means over seeds, with the standard deviation of nested "
+        "macro F1; gain of the part (full minus without) with its 95% interval over lesions and seeds"
     )
+    print(header(first))
     for part, each in tables.items():
-        probabilities = [probabilities_of(table.logits[name], table.heads[name]) for table in each]
-        decisions[part] = [nested_decisions(p, table, config) for p, table in zip(probabilities, each, strict=True)]
-        scores = [metrics.macro_f1(table, labels) for table in decisions[part]]
-        argmax = np.mean([metrics.argmax_macro_f1(p, labels) for p in probabilities])
-        adds = intervals.mean_over_seeds(
-            [
-                intervals.macro_f1_difference(full, without, labels, groups, resamples, config.seed)
-                for full, without in zip(decisions[FULL], decisions[part], strict=True)
-            ]
-        )
+        scores = SeedScores.of([probabilities_of(one.logits[name], one.heads[name]) for one in each], first, config)
+        full = full or scores
+        adds = full.minus(scores, first, config)
         label = part if part == FULL else f"without {part.replace('_', ' ')}"
-        deviation = np.std(scores, ddof=1) if config.seeds > 1 else np.nan
-        print(
-            f"{label:<26} {np.mean(scores):.3f} \u00b1 {deviation:.3f}   argmax {argmax:.3f}   "
-            f"{'' if part == FULL else adds}"
-        )
-        result[part] = {"nested": round(float(np.mean(scores)), 4), "adds": round(adds.value, 4)}
+        print(f"{scores.row(label)}   {'' if part == FULL else adds}")
+        result[part] = {"nested": round(float(np.mean(scores.nested)), 4), "adds": round(adds.value, 4)}
         if config.seeds > 1:
             result[part]["low"] = round(adds.low, 4)
     print(json.dumps(result))
