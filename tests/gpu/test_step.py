@@ -16,6 +16,7 @@ from tests.gpu.training import SMALL, batches, create_trainer, on_cpu, settings,
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.trainer import Trainer
+from triderm_dist.models.network import Network
 
 KERNELS = {"trimodal": 1_200, "dual_cnn": 900}
 """Most kernels of a step of one micro-batch, eager; 1,090 and 816 were counted in November 2026."""
@@ -125,6 +126,27 @@ def test_graph_computes_what_single_kernels_compute(kind: str, precision: str, s
     # AdamW moves a weight by at most its rate a step, whichever sign the rounding of a tiny gradient has.
     assert (found["true"][1] - found["false"][1]).abs().mean() < 10 * 1e-4 * 10 * tolerance
     assert len(set(found["true"][0])) == 10
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_towers_on_two_streams_compute_what_one_stream_computes(
+    kind: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train.precision=bf16", "train.graph=true", "train.optim.lr=1e-4")
+    found, used = [], set()
+    for streams in (True, False):
+
+        def choose(network: Network, second: torch.cuda.Stream | None) -> Any:
+            used.add(second is not None)
+            return given(network, second if streams else None)  # noqa: B023
+
+        given = Network.towers_on_two_streams
+        with monkeypatch.context() as patch:
+            patch.setattr(Network, "towers_on_two_streams", choose)
+            trainer = create_trainer(settings(kind, *words), shards, tmp_path)
+            found.append(take_steps(trainer, batches(trainer), 10))
+    assert used == {True}
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,12 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@lru_cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for what runs beside `capture_stream` in a graph."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def on_capture_stream(device: torch.device) -> Iterator[None]:
     """Run the block on `capture_stream`, ordered after earlier and before later work of the current stream."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from torch import nn
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
-from triderm_dist.distributed.parallel import strategy_of
+from triderm_dist.distributed.parallel import strategy_of, unwrap
 from triderm_dist.engine.capture import (
     WARM_UP_PER_SHAPE,
     BatchBuffers,
@@ -32,12 +33,14 @@ from triderm_dist.engine.capture import (
     CaptureError,
     GraphedForward,
     on_capture_stream,
+    second_stream,
     shape_key,
 )
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import StepInputs, StepResult, TrainStep
 from triderm_dist.losses import CompoundLoss, Sums
 from triderm_dist.models import NETWORKS
+from triderm_dist.models.network import Network
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError
 
@@ -174,7 +177,11 @@ class GraphedStep:
             return self.eager.compute(inputs)
 
     def _capture(self, compute: Callable[[], Computed]) -> Captured[Computed]:
-        return Captured(compute, self.eager.accelerator.device)
+        # DDP accumulates the gradients of both towers on one stream, which would wait for the other in each block.
+        device, alone = self.eager.accelerator.device, strategy_of(self.eager.accelerator) == "single"
+        network = cast("Network", unwrap(self.eager.wrapped))
+        with network.towers_on_two_streams(second_stream(device) if alone else None):
+            return Captured(compute, device)
 
 
 class _Buffers:
