@@ -145,12 +145,13 @@ def comparison_table(cells: dict[str, Cell]) -> Iterator[str]:
     )
     rows = [
         [
-            COMPARED[name], number(cell["lesions_per_s"]), share(cell.get("mfu")), number(cell["peak_gib"], 1),
+            COMPARED[name], number(cell["lesions_per_s"]), share(cell.get("mfu")), number(cell["step_ms"], 1),
+            number(cell.get("device_ms"), 1), number(cell["peak_gib"], 1),
             number(best and best / cell["lesions_per_s"], 2),
         ]
         for name, cell in chosen.items()
     ]  # fmt: skip
-    yield from table(["step", "lesions/s", "MFU", "peak GiB", "ours / this"], rows)
+    yield from table(["step", "lesions/s", "MFU", "ms a step", "busy ms", "peak GiB", "ours / this"], rows)
 
 
 def ours(cells: dict[str, Cell]) -> float | None:
@@ -282,6 +283,8 @@ def ratios(parts: Sequence[dict[str, Cell]]) -> dict[str, Any]:
     for key, name in (("vs_sketch_bf16", "sketch-bf16"), ("vs_sketch_fp32", "sketch-fp32"), ("vs_timm", "timm-frozen")):
         rate = second.get(name, {}).get("lesions_per_s")
         found[key] = round(best / rate, 3) if best and rate else None
+    busy = [second.get(name, {}).get("device_ms") for name in ("timm-frozen", "ours-compiled-graph")]
+    found["vs_timm_busy"] = round(busy[0] / busy[1], 3) if all(busy) else None
     errors = [abs(cell["estimate_error"]) for cell in memory_rows(second)]
     found["memory_worst_error"] = round(max(errors), 4) if errors else None
     return found
