@@ -283,8 +283,8 @@ def ratios(parts: Sequence[dict[str, Cell]]) -> dict[str, Any]:
     for key, name in (("vs_sketch_bf16", "sketch-bf16"), ("vs_sketch_fp32", "sketch-fp32"), ("vs_timm", "timm-frozen")):
         rate = second.get(name, {}).get("lesions_per_s")
         found[key] = round(best / rate, 3) if best and rate else None
-    busy = [second.get(name, {}).get("device_ms") for name in ("timm-frozen", "ours-compiled-graph")]
-    found["vs_timm_busy"] = round(busy[0] / busy[1], 3) if all(busy) else None
+    timm, own = (second.get(name, {}).get("device_ms") for name in ("timm-frozen", "ours-compiled-graph"))
+    found["vs_timm_busy"] = round(timm / own, 3) if timm and own else None
     errors = [abs(cell["estimate_error"]) for cell in memory_rows(second)]
     found["memory_worst_error"] = round(max(errors), 4) if errors else None
     return found

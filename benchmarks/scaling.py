@@ -205,8 +205,8 @@ def speed(network: Network, lesions: int, strategy: str, cluster: Cluster, gradi
 def measured_networks(names: list[str]) -> dict[str, Network]:
     """Return networks of `gpu_cells.MODELS` with the compute that was measured on an H200.
 
-    base: the graphed steps of 12 and 96 lesions, times the gain of compiling at 96. The others were measured at 96
-    lesions without a graph: their device was busy for the seconds that are taken, in proportion to the lesions.
+    From the compiled, graphed steps of 12 and 96 lesions (base). Where only that of 96 was measured (large), its time is
+    taken in proportion to the lesions; where neither was, the time for which an eager step kept the device busy.
     """
     from benchmarks.gpu_cells import MODELS
     from triderm_dist.config import Experiment, load
@@ -225,13 +225,13 @@ def measured_networks(names: list[str]) -> dict[str, Network]:
         inside = sum(each.numel() for block in blocks for each in block.parameters() if each.requires_grad)
         frozen = sum(each.numel() for each in bare.parameters()) - trained
         forward = training_flops(bare, backward=False) / training_flops(bare)
-        if f"{name}-96-compiled-graph" in cells:
-            few, many = (cells[f"{name}-{lesions}-graph"]["step_ms"] / 1e3 for lesions in (12, 96))
-            gain = cells[f"{name}-96-compiled-graph"]["step_ms"] / 1e3 / many
-            lesion = (many - few) / 84 * gain
-            step = few * gain - 12 * lesion
+        few, many = (cells.get(f"{name}-{lesions}-compiled-graph") for lesions in (12, 96))
+        if few and many:
+            lesion = (many["step_ms"] - few["step_ms"]) / 1e3 / 84
+            step = few["step_ms"] / 1e3 - 12 * lesion
         else:
-            step, lesion = 0.0, cells[f"{name}-96-eager"]["device_ms"] / 1e3 / 96
+            milliseconds = many["step_ms"] if many else cells[f"{name}-96-eager"]["device_ms"]
+            step, lesion = 0.0, milliseconds / 1e3 / 96
         fits = int(96 * 76 / cells[f"{name}-96-eager"]["peak_gib"])
         found[name] = Network(trained, trained - inside, frozen, len(blocks), step, lesion, forward, fits)
     return found

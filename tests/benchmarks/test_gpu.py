@@ -85,7 +85,7 @@ def test_tables_replace_what_stands_between_the_marks(tmp_path, capsys):
     found.add(1, "flops-base", {"gflop": 170.0})
     found.add(1, "base-96-compiled-graph", dict(STEP))
     found.add(2, "ours-compiled", {**STEP, "model": "sketch"})
-    found.add(2, "sketch-bf16", {"lesions": 96, "lesions_per_s": 1300.0, "peak_gib": 11.0, **FACTS})
+    found.add(2, "sketch-bf16", {"lesions_per_s": 1300.0, "step_ms": 73.8, "peak_gib": 11.0, "lesions": 96, **FACTS})
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- gpu tables -->\nold\n<!-- end of gpu tables -->\nafter\n")
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_tables_replace_what_stands_between_the_marks(tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| base | 96 | compiled, graph | 2,600 | 44.7% | 36.9 |" in text
-    assert "| the guide's sketch, bf16 | 1,300 |  | 11.0 | 2.00 |" in text
+    assert "| the guide's sketch, bf16 | 1,300 |  | 73.8 |  | 11.0 | 2.00 |" in text
     assert max(map(len, text.splitlines())) <= 120
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["mfu_base"], last["vs_sketch_bf16"], last["mfu_large"]) == (0.4469, 2.0, None)
