@@ -205,8 +205,8 @@ def speed(network: Network, lesions: int, strategy: str, cluster: Cluster, gradi
 def measured_networks(names: list[str]) -> dict[str, Network]:
     """Return networks of `gpu_cells.MODELS` with the compute that was measured on an H200.
 
-    From the compiled, graphed steps of 12 and 96 lesions (base). Where only that of 96 was measured (large), its time is
-    taken in proportion to the lesions; where neither was, the time for which an eager step kept the device busy.
+    From the compiled, graphed steps of 12 and 96 lesions (base). Where only that of 96 was measured (large), its time
+    is taken in proportion to the lesions; where neither was, the time for which an eager step kept the device busy.
     """
     from benchmarks.gpu_cells import MODELS
     from triderm_dist.config import Experiment, load
