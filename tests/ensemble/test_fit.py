@@ -67,6 +67,28 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
         predict_ensemble(tmp_path, replace(tests, models=("trimodal",)))
 
 
+def test_the_mean_of_a_models_seeds_predicts_alone_unless_the_ensemble_is_better(tmp_path: Path) -> None:
+    """Not the seed that is the best by luck."""
+    write_run(tmp_path, 150, models=("trimodal", "trimodal-s1"))
+    config = experiment(tmp_path, use="auto", enabled=False)
+    config = config.model_copy(
+        update={"models": {"trimodal": config.models["trimodal"].model_copy(update={"seeds": 2})}}
+    )
+    fit = fit_ensemble(tmp_path, config)
+    assert fit.chosen == "trimodal-seeds"
+    assert [row.name for row in fit.rows][:3] == ["trimodal", "trimodal-s1", "trimodal-seeds"]
+    ensemble = Ensemble.load(tmp_path / "ensemble.json")
+    assert ensemble.members == ("trimodal", "trimodal-s1") and ensemble.weights.tolist() == [0.5, 0.5]
+    tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
+    assert metrics.macro_f1(predict_ensemble(tmp_path, tests).decisions, tests.labels) > 0.5
+
+    write_run(tmp_path / "both", 150, models=("trimodal", "trimodal-s1", "dual_cnn"))
+    config = config.model_copy(update={"ensemble": config.ensemble.model_copy(update={"use": "trimodal-seeds"})})
+    fit = fit_ensemble(tmp_path / "both", config)
+    assert any(note.startswith("as ensemble.use says, trimodal-seeds predicts; ") for note in fit.notes)
+    assert Ensemble.load(tmp_path / "both" / "ensemble.json").members == ("trimodal", "trimodal-s1")
+
+
 def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     write_run(tmp_path, 150)
     notes = fit_ensemble(tmp_path, experiment(tmp_path, use="trimodal", enabled=False)).notes
@@ -84,8 +106,8 @@ def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     for use in ("other", "stack"):  # there is no stacker
         with pytest.raises(DataError, match=rf"ensemble\.use={use}: no such member; write auto, ensemble or one of"):
             fit_ensemble(tmp_path, experiment(tmp_path, use=use, enabled=False))
-    stacker = Ensemble(("a", "stack"), np.array([0.0, 1.0]), np.ones(C), temperatures=np.ones(2))
-    assert stacker.of_member("stack").members == ("a", "stack")  # which it reads
+    fit_ensemble(tmp_path, experiment(tmp_path, use="stack"))
+    assert Ensemble.load(tmp_path / "ensemble.json").members == (*MODELS, "stack")  # whose columns are of all networks
 
 
 def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> None:
@@ -114,7 +136,7 @@ def assert_choice_is_told(folder: Path, fit: Fit) -> None:
     for key in ("difference", "stacker"):
         value, low, high = Interval(**choice[key]).signed()
         assert f"({value}, {low} to {high}, nested)" in note
-    assert note.startswith("the ensemble predicts" if fit.chosen == choice["ensemble"] else "a single network predicts")
+    assert note.startswith("the ensemble predicts" if fit.chosen == choice["ensemble"] else "one model predicts")
 
 
 def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from triderm_dist.ensemble.weights import (
     Fitting,
     MacroF1Objective,
     NestedEstimate,
+    best_network,
     choose_weighting,
     fit_candidates,
     fit_weights,
@@ -60,10 +61,12 @@ def test_seeds_of_a_model_share_its_weight() -> None:
     labels = labels_of(400)
     parts = folds_of(labels)
     a, a1, b, stack = members_of(labels, [1.5, 1.5, 1.0, 2.0])
-    seeds = [("a", "a-s1"), ("c", "c-s1")]
+    seeds = [("a", "a-s1")]
     each = fit_candidates({"a": a, "a-s1": a1, "b": b, "stack": stack}, labels, parts, Fitting(QUICK, seeds=seeds))
     by_model = fit_candidates({"a": (a + a1) / 2, "b": b, "stack": stack}, labels, parts, Fitting(QUICK))
-    assert set(each) == {"a", "a-s1", "b", "stack", "mean", "fitted"}
+    assert set(each) == {"a", "a-s1", "a-seeds", "b", "stack", "mean", "fitted"}
+    np.testing.assert_allclose(each["a-seeds"].ensemble.weights, [1 / 2, 1 / 2, 0, 0])
+    np.testing.assert_array_equal(each["a-seeds"].decisions, by_model["a"].decisions)
     np.testing.assert_allclose(each["mean"].ensemble.weights, [1 / 6, 1 / 6, 1 / 3, 1 / 3])
     for weighting in ("mean", "fitted"):
         one, reference = each[weighting].ensemble, by_model[weighting].ensemble
@@ -71,6 +74,13 @@ def test_seeds_of_a_model_share_its_weight() -> None:
         np.testing.assert_allclose(one.weights, [first / 2, first / 2, *others], atol=1e-12)
         np.testing.assert_allclose(one.thresholds, reference.thresholds, atol=1e-6)
         np.testing.assert_array_equal(each[weighting].decisions, by_model[weighting].decisions)
+
+
+def test_mean_of_seeds_stands_for_its_model() -> None:
+    """Not the seed that is the best by luck."""
+    scores = {"a": 0.4, "a-s1": 0.6, "a-seeds": 0.5, "b": 0.45, "stack": 0.7, "mean": 0.7, "fitted": 0.7}
+    assert best_network(scores, [("a", "a-s1")]) == "a-seeds"
+    assert best_network(scores | {"b": 0.55}, [("a", "a-s1")]) == "b"
 
 
 @pytest.mark.parametrize(("lead", "expected"), [(-0.01, "mean"), (0.0, "mean"), (0.01, "fitted")])

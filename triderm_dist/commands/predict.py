@@ -34,7 +34,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
+from triderm_dist.config import TRAINING, Invalid, Networks, RunReader, mean_of_seeds
 from triderm_dist.environment import record_data
 from triderm_dist.files import resolve_dots
 from triderm_dist.runtime.terminal import counted, wrapped
@@ -155,8 +155,8 @@ def _print_networks(config: PredictRun, ensemble: Ensemble) -> None:
 
     refitted = config.networks == "refit"
     networks = "refitted networks" if refitted else f"{config.data.folds} folds averaged"
-    if ensemble.weighting in ensemble.members:
-        print(wrapped(f"predicted by {ensemble.weighting}; {networks}"))
+    if ensemble.weighting in (ensemble.members[0], mean_of_seeds(ensemble.members[0])):
+        print(wrapped(f"predicted by {', '.join(ensemble.members)}; {networks}"))
     else:
         weights = "fitted weights" if ensemble.weighting == FITTED else ensemble.weighting
         print(wrapped(f"{weights} of {', '.join(ensemble.members)}; {networks}"))

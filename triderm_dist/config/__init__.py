@@ -36,6 +36,7 @@ from triderm_dist.config.model import (
     LoraConfig,
     ModelConfig,
     TowerConfig,
+    mean_of_seeds,
     seed_names,
 )
 from triderm_dist.config.paths import CONFIG_DIR, absolute_path, map_paths
@@ -101,6 +102,7 @@ __all__ = [
     "load",
     "load_run",
     "map_paths",
+    "mean_of_seeds",
     "read_yaml",
     "save",
     "seed_names",

@@ -58,8 +58,9 @@ class EnsembleConfig(Section):
     use: str = Field(
         "auto",
         min_length=1,
-        description="what predicts: ensemble, the name of one member (stack is the stacker), or auto: the best network "
-        "unless the ensemble beats it beyond the noise",
+        description="what predicts: ensemble, the name of one member (stack is the stacker), NAME-seeds (the mean of a "
+        "model's seeds), or auto: the best network or mean of a model's seeds, unless the ensemble beats it beyond "
+        "the noise",
     )
     rounds: int = Field(30, ge=1, description="rounds of greedy selection of weights")
     shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(

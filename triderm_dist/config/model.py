@@ -173,6 +173,11 @@ def seed_names(name: str, seeds: int) -> list[str]:
     return [name, *(f"{name}-s{number}" for number in range(1, seeds))]
 
 
+def mean_of_seeds(name: str) -> str:
+    """Return the name of the mean of a model's seeds, which stands for the model where single networks are compared."""
+    return f"{name}-seeds"
+
+
 def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
     """Return the models, each followed by NAME-s1, NAME-s2, ... where it has several seeds; earlier ones are replaced.
 
@@ -187,6 +192,8 @@ def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
             if further in models and models[further].seeds:
                 raise ValueError(f"{further!r} is a model, and the name of a further seed of {name!r}; rename one")
             result[further] = model.model_copy(update={"seeds": 0})
+        if model.seeds > 1 and (mean := mean_of_seeds(name)) in models:
+            raise ValueError(f"{mean!r} is a model, and the name of the mean of the seeds of {name!r}; rename one")
     if alone := sorted(set(models) - set(result)):
         base = models.get(alone[0].rpartition("-s")[0])
         if base is None or not base.seeds:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
 from triderm_dist.ensemble.calibration import weighted_sum
-from triderm_dist.ensemble.run_files import FITTED, STACKER
+from triderm_dist.ensemble.run_files import FITTED
 from triderm_dist.ensemble.thresholds import Rule, decide
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
@@ -109,13 +109,10 @@ class Ensemble:
         """Return (N, C) bool decisions."""
         return decide(self.combine(probabilities), self.thresholds, self.rule)
 
-    def of_member(self, member: str) -> Ensemble:
-        """Return the ensemble of one network, which needs no other; that of the stacker needs all networks."""
-        if member == STACKER:
-            return self
-        index = self.members.index(member)
-        temperatures = self.temperatures[index : index + 1]
-        return replace(self, members=(member,), weights=np.ones(1), temperatures=temperatures)
+    def of_networks(self, names: Sequence[str]) -> Ensemble:
+        """Return the ensemble of some networks, which have all of its weight and need no other member."""
+        rows = [self.members.index(name) for name in names]
+        return replace(self, members=tuple(names), weights=self.weights[rows], temperatures=self.temperatures[rows])
 
     def with_temperatures(self, temperatures: Mapping[str, float]) -> Ensemble:
         """Return the ensemble with temperatures of the members; 1 for members that are not named."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.config import Experiment, import_plugins, seed_names
+from triderm_dist.config import Experiment, import_plugins, mean_of_seeds, seed_names
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
 from triderm_dist.ensemble.calibration import fit_temperature, member_probabilities
@@ -96,7 +96,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     uncalibrated = {model: member_probabilities(table, model) for model in models}
     if stack:
         members[STACKER] = uncalibrated[STACKER] = stack.out_of_fold
-    candidates = fit_candidates(members, table.labels, table.folds, _fitting(table, config))
+    candidates = fit_candidates(members, table.labels, table.folds, _fitting(table, models, config))
     choice = nested.choice
     chosen = choice.used if choice else next(iter(candidates))
     ensemble = candidates[chosen].ensemble.with_temperatures(temperatures)
@@ -113,7 +113,8 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     else:
         remove_stacker(run_folder / STACK_FILE)  # of an earlier fit
     _write_nested(run_folder, table, nested, stack)
-    predicting = ensemble.of_member(chosen) if chosen in models else ensemble
+    alone = {model: [model] for model in models} | _seed_means(models, config)
+    predicting = ensemble.of_networks(alone[chosen]) if chosen in alone else ensemble
     predicting.save(
         run_folder / ENSEMBLE_FILE,
         table.task,
@@ -135,7 +136,7 @@ def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ..
     """Read the lesions that every member has predicted, the members that are networks, and notes on what is missing."""
     table = read_oof(path, features="features" in config.stack.extra)
     models = _networks(table, config.ensemble.members, path)
-    known = (*models, *([STACKER] if config.stack.enabled else []))
+    known = (*models, *_seed_means(models, config), *([STACKER] if config.stack.enabled else []))
     if config.ensemble.use not in (AUTO, ENSEMBLE, *known):
         raise DataError(
             f"ensemble.use={config.ensemble.use}: no such member; write {AUTO}, {ENSEMBLE} or one of {', '.join(known)}"
@@ -193,11 +194,11 @@ def _nested_estimate(
     def parts_without(fold: int) -> np.ndarray:
         return inner_folds(labels, table.groups, folds, folds != fold, config.seed)
 
-    return nested_estimate(members_without, labels, folds, parts_without, _fitting(table, config), table.groups)
+    return nested_estimate(members_without, labels, folds, parts_without, _fitting(table, models, config), table.groups)
 
 
-def _fitting(table: OofTable, config: Experiment) -> Fitting:
-    return Fitting(config.ensemble, config.seed, table.task.decision, list(_seeds(table.models, config).values()))
+def _fitting(table: OofTable, models: tuple[str, ...], config: Experiment) -> Fitting:
+    return Fitting(config.ensemble, config.seed, table.task.decision, list(_seeds(models, config).values()))
 
 
 def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:
@@ -307,7 +308,7 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
         return [weights, f"as ensemble.use says, {what} predicts; {compared}"]
     nested = f"this choice was made on these lesions; made in each fold on the other folds, {choice.nested_score:.3f}"
     if choice.used == network:
-        return [weights, f"a single network predicts: {network}; {compared}; {nested}"]
+        return [weights, f"one model predicts: {network}; {compared}; {nested}"]
     return [weights, f"the ensemble predicts; {compared}; {nested}"]
 
 
@@ -332,6 +333,11 @@ def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.nda
         spread = f"{min(scores):.3f} to {max(scores):.3f}, standard deviation {np.std(scores, ddof=1):.3f}"
         notes.append(f"{name}: nested macro F1 of its {len(seeds)} seeds {spread}; they share one weight")
     return notes
+
+
+def _seed_means(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:
+    """Return the networks whose mean is the mean of a model's seeds, by the name of that mean."""
+    return {mean_of_seeds(name): seeds for name, seeds in _seeds(models, config).items()}
 
 
 def _seeds(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:

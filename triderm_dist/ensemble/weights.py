@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.config import EnsembleConfig
+from triderm_dist.config import EnsembleConfig, mean_of_seeds
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.calibration import weighted_sum
 from triderm_dist.ensemble.run_files import AUTO, CHOSEN, ENSEMBLE, FITTED, MEAN, STACKER
@@ -41,8 +41,8 @@ def fit_weights(
 class Fitting:
     """How candidates are fitted, and what is chosen among.
 
-    config: `ensemble` of the settings.  decision: one of `schema.DECISIONS`.  seeds: the members of each model that was
-    trained with several seeds.
+    config: `ensemble` of the settings.  decision: one of `schema.DECISIONS`.  seeds: the members of each model of which
+    several seeds are members.
     """
 
     config: EnsembleConfig
@@ -66,7 +66,8 @@ class Candidate:
 def fit_candidates(
     members: Mapping[str, np.ndarray], labels: np.ndarray, parts: np.ndarray, fitting: Fitting
 ) -> dict[str, Candidate]:
-    """Fit one candidate per weighting: each member by its name, and with two members or more `mean` and `fitted`.
+    """Fit one candidate per weighting: each member by its name, the mean of each model's seeds by `mean_of_seeds`, and
+    with two members or more `mean` and `fitted`.
 
     The seeds of a model share its weight equally: `mean` is the mean over models, and one weight is fitted per model.
     More seeds of one model then neither outweigh the other models nor give the fit more to choose from.
@@ -89,6 +90,9 @@ def _fit_candidates(
         weightings[name] = lambda _, weights=weights: weights  # type: ignore[misc]
     if len(names) > 1:
         shares = _seed_shares(names, fitting.seeds)
+        for members in fitting.seeds:
+            (share,) = (row for row in shares if row[names.index(members[0])])
+            weightings[mean_of_seeds(members[0])] = lambda _, share=share: share  # type: ignore[misc]
         models = searched if len(shares) == len(names) else np.stack([weighted_sum(row, searched) for row in shares])
         weightings[MEAN] = lambda _: shares.mean(axis=0)
         objective = ArgmaxObjective if fitting.decision == "argmax" else MacroF1Objective
@@ -136,9 +140,14 @@ def choose_weighting(scores: Mapping[str, float]) -> str:
     return FITTED if scores[FITTED] > max(others) else MEAN
 
 
-def best_network(scores: Mapping[str, float]) -> str:
-    """Return the network with the best score; the first wins ties."""
-    networks = {name: score for name, score in scores.items() if name not in (STACKER, MEAN, FITTED)}
+def best_network(scores: Mapping[str, float], seeds: Sequence[Sequence[str]] = ()) -> str:
+    """Return the network with the best score; the first wins ties.
+
+    The mean of a model's seeds stands for the model: which of the seeds scores best is chance, and their mean is rarely
+    worse. seeds: the members of each model of which several seeds are members.
+    """
+    others = {STACKER, MEAN, FITTED, *(name for members in seeds for name in members)}
+    networks = {name: score for name, score in scores.items() if name not in others}
     return max(networks, key=lambda name: networks[name])
 
 
@@ -146,10 +155,10 @@ def best_network(scores: Mapping[str, float]) -> str:
 class Choice:
     """What predicts, and why.
 
-    used: a weighting.  ensemble: the weighting of the ensemble, `mean` or `fitted`.  network: the best one.  scores:
-    nested macro F1 by weighting.  over_network: nested macro F1 of the ensemble minus that of the network.
-    over_stacker: minus that of the stacker, if there is one.  nested_score: macro F1 of this choice if it is made in
-    each fold on the other folds too.
+    used: a weighting.  ensemble: the weighting of the ensemble, `mean` or `fitted`.  network: the best one, or the best
+    mean of a model's seeds.  scores: nested macro F1 by weighting.  over_network: nested macro F1 of the ensemble minus
+    that of the network.  over_stacker: minus that of the stacker, if there is one.  nested_score: macro F1 of this
+    choice if it is made in each fold on the other folds too.
     """
 
     used: str
@@ -165,7 +174,7 @@ class Choice:
 class NestedEstimate:
     """Decisions on every lesion by weights and thresholds fitted on the other folds.
 
-    decisions: (N, C) bool by weighting (a member's name, `mean`, `fitted`, and `chosen`).  probabilities: (N, C) of
+    decisions: (N, C) bool by weighting (those of `fit_candidates`, and `chosen`).  probabilities: (N, C) of
     the chosen weighting.  picks: what was chosen for each fold, on the other folds.  choice: what predicts; None with a
     single member.
     """
@@ -244,7 +253,7 @@ def _pick(
     scores = {name: metrics.macro_f1(each.decisions, labels) for name, each in candidates.items()}
     picked = {ENSEMBLE: choose_weighting(scores)}
     if len(candidates) > 1:
-        picked[_NETWORK] = best_network(scores)
+        picked[_NETWORK] = best_network(scores, fitting.seeds)
         first, second = (candidates[name].decisions for name in picked.values())
         gap = intervals.macro_f1_difference(first, second, labels, groups, config.bootstrap, fitting.seed)
         picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
@@ -261,7 +270,7 @@ def _choose(
     scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
     nested_score = scores.pop(AUTO)
     del scores[ENSEMBLE], scores[_NETWORK]
-    ensemble, network = choose_weighting(scores), best_network(scores)
+    ensemble, network = choose_weighting(scores), best_network(scores, fitting.seeds)
     over_network, over_stacker = (
         intervals.macro_f1_difference(
             decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from triderm_dist.config import mean_of_seeds
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.contributions import Contributions
@@ -57,7 +58,12 @@ def _predicts(content: Content) -> str:
     choice = content.fit.get("choice")
     if not choice:
         return ""
-    return f"{choice['used']} predicts alone. " if choice["used"] in content.networks else "The ensemble predicts. "
+    if choice["used"] in content.networks:
+        return f"{choice['used']} predicts alone. "
+    members = content.ensemble.members
+    if choice["used"] == mean_of_seeds(members[0]):
+        return f"The mean of the {len(members)} seeds of {members[0]} predicts alone. "
+    return "The ensemble predicts. "
 
 
 def _choice(content: Content) -> list[Table]:
