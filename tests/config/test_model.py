@@ -56,6 +56,7 @@ def test_seeds_are_models_that_follow_theirs(tmp_path):
     ("models", "message"),
     [
         ("{a: {seeds: 2}, a-s1: {}}", r"'a-s1' is a model, and the name of a further seed of 'a'; rename one"),
+        ("{a: {seeds: 2}, a-seeds: {}}", r"'a-seeds' is a model, and the name of the mean of the seeds of 'a'; rename"),
         ("{a: {seeds: 0}}", r"a\.seeds: write 1 or more"),
         ("{a: {}, b-s1: {seeds: 0}}", r"b-s1\.seeds: write 1 or more"),
         ("{a: {seeds: -1}}", "greater than or equal to 0"),
