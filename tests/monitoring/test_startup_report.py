@@ -56,7 +56,9 @@ def test_report_lists_disabled_options():
         "tower, clinical: stem and 1 of 6 blocks are frozen (no autograd)", "start resumed at step 7 of 81",
     ):  # fmt: skip
         assert expected in text, expected
-    assert "torch.compile" not in text and "fusion" not in text and "mixup" not in text
+    assert "torch.compile" not in text and "fusion" not in text and "mixup" not in text and "padding" not in text
+    text = " ".join(format_report(*about, padding=0.5).split())
+    assert "accumulation); 50% of an epoch is padding, computed in vain: train.global_batch is too large" in text
     never = model.train.model_copy(update={"augment": AugmentConfig(mixup=0.4), "epochs": 3})
     text = " ".join(format_report(*about[:2], never, *about[3:]).split())
     assert "mixup and CutMix (train.augment.unmixed_epochs: the last 3 epochs)" in text

@@ -138,7 +138,7 @@ class Trainer:
         report = format_report(
             display.title(name), accelerator, config, network, data.counts(), epoch_steps, compute,
             start=saved.state.step if saved else 0, brief=display.brief, why_precision=why_precision,
-            why_no_graph="" if graphed else why_graph, expectation=self.expectation,
+            why_no_graph="" if graphed else why_graph, padding=self.epochs.padding, expectation=self.expectation,
         )  # fmt: skip
         accelerator.print(report, flush=True)
         self.training, prepared = self._wrap(network, saved, graphed)
@@ -374,6 +374,8 @@ class _Epochs:
         self.class_counts = np.pad(counts, (0, len(data.loaders.index.diagnoses) - len(counts)))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
         self.total_steps = sum(self.steps)
+        self.padding = max(0.0, 1 - len(self._plan(0)) / (self.steps[0] * config.global_batch))
+        """Share of an epoch's rows that fill up its last batch."""
 
     def loader(self, state: TrainState, accelerator: Accelerator) -> Loader:
         """Return a loader of this rank's part of the rest of the epoch."""

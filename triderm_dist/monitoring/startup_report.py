@@ -17,6 +17,9 @@ from triderm_dist.monitoring.expectation import Expectation
 from triderm_dist.monitoring.flops import TrainingCompute
 from triderm_dist.runtime.terminal import counted, wrapped
 
+NOTED_PADDING = 0.25
+"""Share of padding in an epoch from which the report mentions it."""
+
 
 class LesionCounts(NamedTuple):
     """Lesions of a training. train: those to train on, of which `extra` are from extra sets.  validation: held out."""
@@ -39,6 +42,7 @@ def format_report(
     brief: bool = False,
     why_precision: str = "",
     why_no_graph: str = "",
+    padding: float = 0.0,
     expectation: Expectation | None = None,
 ) -> str:
     """Format the report: strategy, precision, batch, steps, options that are off, parts of the network that the task
@@ -48,12 +52,14 @@ def format_report(
     start: the step from which the training resumes.  brief: only what differs between the folds of a model.
     why_precision: the reason; "" for that of `choose_precision`.
     why_no_graph: the reason why steps do not use a CUDA graph; "" if they do.
+    padding: share of an epoch's rows that fill up its last batch.
     """
     world = accelerator.num_processes
     extra = f" ({lesions.extra:,} of extra sets)" if lesions.extra else ""
     validation = f"{lesions.validation:,}" if lesions.validation else "none"
     precision, why = choose_precision(config.precision, accelerator.device)
     accumulation = split_batch(config.global_batch, config.micro_batch, world)
+    padded = f"; {padding:.0%} of an epoch is padding, computed in vain: train.global_batch is too large"
     differing = {
         "lesions": f"{lesions.train:,} to train{extra}, {validation} to validate",
         "steps": f"{sum(steps):,} in {counted(len(steps), 'epoch')} of {steps[0]:,}",
@@ -66,7 +72,7 @@ def format_report(
         "precision": f"{precision} ({why_precision or why})",
         **differing,
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
-        "(ranks, micro-batch, accumulation)",
+        "(ranks, micro-batch, accumulation)" + (padded if padding >= NOTED_PADDING else ""),
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if compute is None else str(compute),
         "expected": str(expectation) if expectation else "",
         "off": "; ".join(_off(accelerator, config, why_no_graph)),
