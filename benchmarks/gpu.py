@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -51,6 +52,8 @@ COMPILING = 0.45
 """Share of the time after which compilations are ended; the cells that need one which was not ready come last."""
 COMPILE_THREADS = 4
 """Cores for each of the compilations that run at once."""
+SECONDS_TO_END = 4.0
+"""Time that a training which does not end in time, and the traceback of a cell that does not, are given."""
 FACTS = ("commit", "date", "device", "torch", "peak_tflops", "size")
 """Values of a cell that tell where and when it was measured."""
 
@@ -334,9 +337,10 @@ def in_process(config: GpuBenchmark, results: Results, cells: list[Cell], deadli
 
 def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe: Connection) -> None:
     """Measure cells in this process, a group of its own. For each send None, as it starts, and its values; for one that
-    there is no time for only {}.
+    there is no time for only {}. Just before the deadline print where it is.
     """
     os.setsid()
+    faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic() - SECONDS_TO_END / 2))
     from benchmarks import gpu_cells, gpu_photos
 
     facts, is_started = gpu_cells.device_facts(), False
@@ -353,6 +357,8 @@ def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe
             settings = {**cell.settings, "size": size}
             if cell.function in gpu_photos.READS_SHARDS:
                 settings["shards"] = shards
+            if cell.function == "fold":
+                settings["most_seconds"] = deadline - time.monotonic() - SECONDS_TO_END
             function = getattr(gpu_cells, cell.function, None) or getattr(gpu_photos, cell.function)
             values = function(**settings)
         except Exception as error:

@@ -211,8 +211,10 @@ def predicting(size: str) -> dict[str, Any]:
     return {"lesions": len(lesions), "networks": 4, "transforms": 8, "lesions_per_s": round(len(lesions) / seconds, 1)}
 
 
-def fold(model: str, weights: str | None, size: str, shards: str | None) -> dict[str, Any]:
+def fold(model: str, weights: str | None, most_seconds: float, size: str, shards: str | None) -> dict[str, Any]:
     """Train one fold by the recipe of `milk10k` from an ImageNet tower at 384 pixels; its scores and speed.
+
+    Where `most_seconds` are too few, they are those of the finished epochs.
 
     weights: file of tf_efficientnet_lite0, None for random weights.
     """
@@ -236,18 +238,25 @@ def fold(model: str, weights: str | None, size: str, shards: str | None) -> dict
     with tempfile.TemporaryDirectory() as name:
         started = time.perf_counter()
         command = [sys.executable, "-m", "triderm_dist", "train", "--config", "milk10k", *words, f"output={name}/run"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=most_seconds)
+            if done.returncode:
+                raise RuntimeError(" | ".join((done.stdout + done.stderr).splitlines()[-4:]))
+            ended = True
+        except subprocess.TimeoutExpired as error:
+            print((error.stdout or b"").decode(errors="replace")[-2000:], flush=True)
+            ended = False
         seconds = time.perf_counter() - started
-        if done.returncode:
-            raise RuntimeError(" | ".join((done.stdout + done.stderr).splitlines()[-4:]))
         (file,) = Path(name, "run").glob("**/metrics.jsonl")
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     scores = [row for row in rows if "macro_f1" in row]
     steps = [row for row in rows if "lesions_per_s" in row]
+    if not scores:
+        raise RuntimeError(f"no epoch ended within {seconds:.0f} s")
     return {
         "model": model, "pretrained": bool(weights), "lesions": len(index), "packed_side": min(index.canvas),
-        "seconds": round(seconds, 1), "epochs": len(scores), "macro_f1": round(scores[-1]["macro_f1"], 4),
-        "official": round(scores[-1]["official"], 4),
+        "seconds": round(seconds, 1), "epochs": len(scores), "ended": ended,
+        "macro_f1": round(scores[-1]["macro_f1"], 4), "official": round(scores[-1]["official"], 4),
         "lesions_per_s": round(statistics.median(row["lesions_per_s"] for row in steps), 1),
         "data_wait": round(statistics.median(row["data_wait"] for row in steps), 4),
         "scores": [round(row["macro_f1"], 4) for row in scores],

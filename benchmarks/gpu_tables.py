@@ -251,7 +251,8 @@ def fold_tables(cells: dict[str, Cell]) -> Iterator[str]:
         )
         rows = [
             [
-                MODELS.get(cell["model"], "tri-modal"), number(cell["lesions"]), str(cell["epochs"]),
+                MODELS.get(cell["model"], "tri-modal"), number(cell["lesions"]),
+                str(cell["epochs"]) + ("" if cell.get("ended", True) else ", not all"),
                 number(cell["seconds"]), number(cell["lesions_per_s"]), share(cell["data_wait"]),
                 number(cell["macro_f1"], 3), number(cell["official"], 3),
             ]
