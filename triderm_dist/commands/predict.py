@@ -155,8 +155,10 @@ def _print_networks(config: PredictRun, ensemble: Ensemble) -> None:
 
     refitted = config.networks == "refit"
     networks = "refitted networks" if refitted else f"{config.data.folds} folds averaged"
-    if ensemble.weighting in (ensemble.members[0], mean_of_seeds(ensemble.members[0])):
-        print(wrapped(f"predicted by {', '.join(ensemble.members)}; {networks}"))
+    if ensemble.weighting in ensemble.members:
+        print(wrapped(f"predicted by {ensemble.weighting}; {networks}"))
+    elif ensemble.weighting == mean_of_seeds(ensemble.members[0]):
+        print(wrapped(f"predicted by the mean of {', '.join(ensemble.members)}; {networks}"))
     else:
         weights = "fitted weights" if ensemble.weighting == FITTED else ensemble.weighting
         print(wrapped(f"{weights} of {', '.join(ensemble.members)}; {networks}"))

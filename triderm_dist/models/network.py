@@ -225,8 +225,8 @@ class Network(nn.Module, ABC):
     def towers_on_two_streams(self, second: torch.cuda.Stream | None) -> Iterator[None]:
         """Compute the second view's tower on another stream in the block, so that a GPU works on both at the same time.
 
-        The results are equal bit for bit. For the capture of a CUDA graph: launched one by one, kernels come too slowly
-        to overlap. None: both on the current stream.
+        The operations are the same. For the capture of a CUDA graph: launched one by one, kernels come too slowly to
+        overlap. None: both on the current stream.
         """
         self._second_stream = second
         try:
