@@ -16,6 +16,8 @@ from tests.trained_run import TrainedRun
 from triderm_dist.commands.predict import PredictRun, main
 from triderm_dist.commands.refit import RefitRun
 from triderm_dist.commands.refit import main as refit
+from triderm_dist.commands.stack import StackRun
+from triderm_dist.commands.stack import main as stack
 from triderm_dist.config import load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
@@ -90,6 +92,24 @@ def test_equal_to_the_packed_test_set(trained_run, tmp_path, networks, capsys):
     expected, found = (read_submission(folder / "submission.csv") for folder in (packed, tmp_path / "out"))
     assert expected[0] == found[0]
     np.testing.assert_allclose(expected[1], found[1], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("use", "line"),
+    [
+        ("stack", "predicted by stack; 2 folds averaged"),
+        ("cnn", "predicted by cnn; 2 folds averaged"),
+        ("ensemble", " of tri, cnn, stack; 2 folds averaged"),
+    ],
+)
+def test_what_predicted_is_named(trained_run, tmp_path, use, line, capsys):
+    run = replace(trained_run, folder=tmp_path / "run")
+    shutil.copytree(trained_run.folder, run.folder)
+    pack_shards(read_challenge(run.test.folder), tmp_path / "packed", short_side=None)
+    stack(load(StackRun, None, [f"run={run.folder}", f"ensemble.use={use}"]))
+    capsys.readouterr()
+    predict(run, f"data.test_shards={tmp_path / 'packed'}", "predict.transforms=1")
+    assert line in printed(capsys)
 
 
 def test_photos_alone_without_an_output(trained_run, capsys):
