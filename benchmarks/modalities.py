@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from pydantic import Field
@@ -21,21 +22,23 @@ from pydantic import Field
 from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, build, save
+from triderm_dist.config.model import Modality
 from triderm_dist.schema import ConfigError, Task
 
-MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")
+MODALITIES = get_args(Modality)
 ALL = "all"
 
 
 class ModalitiesRun(Experiment):
     seeds: int = Field(3, ge=1, description="trainings of each network, with the seeds `seed`, `seed` + 1, ...")
+    without: list[Modality] = Field(list(MODALITIES), description="modalities to leave out, one after the other")
 
 
 def main(config: ModalitiesRun) -> None:
     if not config.data.test_truth:
         raise ConfigError("data.test_truth: needed to score; run make demo, then use --config demo")
     folders: dict[str, list[Path]] = {}
-    for left_out in (None, *MODALITIES):
+    for left_out in (None, *config.without):
         label = f"without {left_out}" if left_out else ALL
         kept = tuple(modality for modality in MODALITIES if modality != left_out)
         folders[label] = [trained(config, label, kept, number) for number in range(config.seeds)]
@@ -62,7 +65,7 @@ def trained(config: ModalitiesRun, label: str, kept: tuple[str, ...], number: in
         }
     )
     settings = output / "benchmark.yaml"
-    save(build(Experiment, experiment.model_dump(mode="json", exclude={"seeds"})), settings)
+    save(build(Experiment, experiment.model_dump(mode="json", exclude={"seeds", "without"})), settings)
     command = [sys.executable, "-m", "triderm_dist.commands.pipeline", "--config", str(settings)]
     if status := subprocess.run(command).returncode:
         sys.exit(status)

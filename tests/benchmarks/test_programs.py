@@ -77,7 +77,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "fold_mean": [f"run={run}", "seeds=2"],
         "gpu": ["part=1", "size=tiny", f"output={folder}/gpu", "cells=flops-base|base-12-eager"],
         "gpu_tables": [f"results={folder}/gpu", f"page={gpu_page(folder)}"],
-        "heads": ["before=.", "rounds=1", "seconds=0.2", "lesions=64", "tower=timm:test_efficientnet", "image_size=32"],
+        "heads": [*tower, "before=.", "rounds=1", "seconds=0.2", "lesions=64", "cases=[tuned_cnn]"],
         "ingredients": [
             *("--config", str(inputs.config), f"output={folder}/run", f"data.shards={train}"),
             *("parts=[mixup, ema]", "seeds=1"),
@@ -88,7 +88,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
             "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",
         ],
         "memory": ["cases=[dual_cnn]"],
-        "modalities": [f"run={run}", "seeds=1"],
+        "modalities": [f"run={run}", "seeds=1", "without=[concepts]"],
         "order": ["epochs=2", "batches=[32]", "lesions=10000"],
         "overlap": [f"shards={train}", f"other={inputs.other}", "copies=4"],
         "pack": [f"source={source}", "copies=1", "rounds=1", "lesions=1000", f"scratch={folder}"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from triderm_dist.runtime.messages import quoted
 from triderm_dist.settings import PathText, Section, SourceText
 
 Frame = Literal["square", "whole", "squash"]
+Modality = Literal["clinical", "dermoscopic", "concepts", "metadata"]
 
 
 class LoraConfig(Section):
@@ -131,8 +132,8 @@ class ModelConfig(Section):
     head: Literal["softmax", "sigmoid"] = Field(
         "softmax", description="softmax: one diagnosis per lesion; sigmoid: independent diagnoses"
     )
-    use: tuple[Literal["clinical", "dermoscopic", "concepts", "metadata"], ...] = Field(
-        ("clinical", "dermoscopic", "concepts", "metadata"),
+    use: tuple[Modality, ...] = Field(
+        get_args(Modality),
         description="modalities that the network uses, if the task has them; the others are treated as missing, in "
         "training and prediction",
     )
