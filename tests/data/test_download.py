@@ -302,6 +302,11 @@ def test_existing_files_are_not_overwritten(server: Server, tmp_path: Path) -> N
     with pytest.raises(DataError, match="exists, but was not downloaded by this program"):
         download(tmp_path, ["file"], base_url=server.url)
     assert (tmp_path / "file").read_bytes() == b"mine"
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("x", "mine")
+    with pytest.raises(DataError, match=r"a\.zip: checksum [0-9a-f]{64} is not the expected 0000"):
+        download(tmp_path, ["a.zip"], base_url=server.url, checksums={"a.zip": "0" * 64})
+    assert (tmp_path / "a.zip").exists() and not (tmp_path / "a").exists()
 
 
 def test_checksum_file_formats(tmp_path: Path) -> None:

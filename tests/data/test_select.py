@@ -45,6 +45,8 @@ def test_condition_selects_the_lesions_that_python_selects(index: ShardIndex) ->
     age = float(np.nanmedian(index.metadata[:, index.task.field_names.index("age")]))
     sex, concept = index.task.fields[index.task.field_names.index("sex")].categories[0], index.concepts[0]
     two = tuple(index.diagnoses[:2])
+    score = str(index.concept_scores[3, 0])  # as the table has it: float32 rounds it
+    assert float(score) != index.concept_scores[3, 0].item()
     cases: list[tuple[str, Callable[[dict[str, Any]], bool]]] = [
         (f"diagnosis in {two!r}", lambda lesion: lesion["diagnosis"] in two),
         ("diagnosis is None", lambda lesion: lesion["diagnosis"] is None),
@@ -56,6 +58,7 @@ def test_condition_selects_the_lesions_that_python_selects(index: ShardIndex) ->
          lambda lesion: (lesion["sex"] not in (None, sex)) or lesion[concept] > 0.5),
         (f"diagnosis not in ['{two[0]}']", lambda lesion: lesion["diagnosis"] not in (None, two[0])),
         ("not has_dermoscopic", lambda lesion: not lesion["has_dermoscopic"]),
+        (f"{concept!r} in ({score},)", lambda lesion: lesion[concept] == float(np.float32(score))),
     ]  # fmt: skip
     for condition, expected in cases:
         assert select_rows(index, condition).tolist() == [bool(expected(lesion)) for lesion in lesions], condition

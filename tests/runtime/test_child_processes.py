@@ -29,6 +29,10 @@ def returns(folder: Path) -> dict[str, str | None]:
     return {"threads": os.environ.get("OMP_NUM_THREADS")}
 
 
+def returns_much(folder: Path) -> bytes:
+    return bytes(1_000_000)
+
+
 def dies_once(folder: Path) -> None:
     if add(folder, "dies_once") == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -64,15 +68,15 @@ def processes(folder: Path, at_once: int, **functions) -> ChildProcesses:
 
 
 def test_output_result_and_failures(tmp_path, capfd):
-    pool = processes(tmp_path, 2, r=returns, d=dies_once, e=raises, c=refuses, b=breaks)
+    pool = processes(tmp_path, 2, r=returns, m=returns_much, d=dies_once, e=raises, c=refuses, b=breaks)
     with pytest.raises(InputError) as error:
         run_tasks(pool, list(pool.tasks), retries=2)
     text = str(error.value)
     assert "e: OSError: no space left" in text and "c: train.optim.lr: too high" in text and "\n" not in text
-    assert "b: ZeroDivisionError" in text and "2 of 5 finished" in text
+    assert "b: ZeroDivisionError" in text and "3 of 6 finished" in text
     times = {name: len((tmp_path / name).read_text()) for name in ("dies_once", "raises", "refuses", "breaks")}
     assert times == {"dies_once": 2, "raises": 3, "refuses": 1, "breaks": 3}
-    assert pool.results == {"r": {"threads": "1"}, "d": None}
+    assert pool.results == {"r": {"threads": "1"}, "m": bytes(1_000_000), "d": None}
     assert pool.at_once == 1  # one was killed, maybe for its memory
     printed = capfd.readouterr().out
     lines = [line for line in printed.splitlines() if line in ("first line", "second", "incomplete")]

@@ -61,6 +61,7 @@ def test_number_out_of_range_is_refused(text: str) -> None:
         ({"kind": "category", "categories": ("one",)}, "at least two categories"),
         ({"kind": "number", "categories": ("a", "b")}, "a number has no categories"),
         ({"kind": "number", "low": 2.0}, "low must be below high"),
+        ({"kind": "number", "full_scale": 0.0}, "low must be below high and full_scale"),
         ({"kind": "ordinal", "categories": ("a", "A")}, "a spelling occurs twice"),
         ({"kind": "ordinal", "categories": ("a", "b"), "synonyms": {"c": "d"}}, "names an unknown category"),
     ],

@@ -360,16 +360,20 @@ def download(
                 sha256 = fetch(f"{base_url.rstrip('/')}/{name}", path, sha256=expected,
                                progress=progress_of_file, **options)  # fmt: skip
         else:
-            sha256 = file_sha256(path)
+            sha256 = file_sha256(path)  # of a run that was killed, or of the user
+            if expected and sha256 != expected:
+                raise DataError(
+                    f"{path}: checksum {sha256} is not the expected {expected}; delete it and rerun the command"
+                )
         size = path.stat().st_size
         entry = {"bytes": size, "sha256": sha256, "url": redact(f"{base_url.rstrip('/')}/{name}")}
         if path.suffix == ".zip":
             with shown(f"unpacking {name}") as progress_of_file:
                 unpack(path, target, max_bytes, progress_of_file)
-            if not keep_zip:
-                path.unlink()
         done[name] = entry
         write_json(record, done)
+        if path.suffix == ".zip" and not keep_zip:
+            path.unlink()
         log(f"{name}: {size / 1e6:.1f} MB, sha256 {sha256}")
 
 

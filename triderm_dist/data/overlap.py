@@ -9,7 +9,6 @@ docs/benchmarks.md has the measurement behind the threshold.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,6 @@ class Thumbnails:
     def compute(self, number: int, workers: int) -> None:
         """Write one file, decoding in threads. Raises DataError for a photo that does not decode."""
         rows = np.arange(number * CHUNK, min((number + 1) * CHUNK, len(self.index)))
-        shards = RemoteShards(self.index) if self.index.remote else FolderShards(self.index)
         shard, offsets, sizes = (column[rows] for column in (self.index.shard, self.index.offsets, self.index.sizes))
         digests = np.zeros((len(rows), len(VIEWS)), np.uint64)
         thumbnails = np.zeros((len(rows), len(VIEWS), SIDE, SIDE, 3), np.uint8)
@@ -82,10 +80,9 @@ class Thumbnails:
                         f"{self.index.lesion_ids[int(rows[i])]} does not decode ({one_line(error)}); run triderm verify"
                     ) from None
 
-        with ThreadPoolExecutor(workers) as pool:
-            for job in [pool.submit(read, i) for i in range(len(rows))]:
-                job.result()
-        shards.close()
+        with closing(RemoteShards(self.index) if self.index.remote else FolderShards(self.index)) as shards:
+            for _ in map_in_order(read, range(len(rows)), workers):
+                pass
         with atomic_path(self._path(number), PATIENT_DATA) as temporary, temporary.open("wb") as file:
             np.savez(file, digests=digests, thumbnails=thumbnails)
 

@@ -71,7 +71,8 @@ def _compare(column: _Column, comparison: ast.cmpop, value: ast.expr) -> np.ndar
         case ((ast.Is() | ast.IsNot()), ast.Constant(None)):
             return ~known if isinstance(comparison, ast.Is) else known
         case ((ast.In() | ast.NotIn()), (ast.Tuple(elements) | ast.List(elements))):
-            found = np.isin(column.values, [_value(column, each) for each in elements])
+            # In the column's own precision, as == compares them: float32 has no 0.3.
+            found = np.isin(column.values, np.array([_value(column, each) for each in elements], column.values.dtype))
             return found if isinstance(comparison, ast.In) else known & ~found
         case ((ast.Eq() | ast.NotEq()), _):
             equal = column.values == _value(column, value)

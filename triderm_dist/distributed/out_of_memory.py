@@ -59,10 +59,10 @@ class MicroBatch:
         self.configured, self.global_batch, self.smallest = configured, global_batch, smallest
 
     def size(self) -> int:
-        """Return the size in the file, read by this rank."""
+        """Return the size in the file, read by this rank; the configured one if it cannot be read."""
         try:
             record = read_checked_json(self.path, _MicroBatchKeys)
-        except (FileNotFoundError, DamagedFile):
+        except (OSError, DamagedFile):  # also of a network disk, such as ESTALE: the watching thread must not end
             return self.configured
         return int(record["micro_batch"]) if record["identity"] == self.result_hash else self.configured
 

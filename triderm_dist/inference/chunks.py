@@ -116,12 +116,11 @@ class PredictionJob:
         lesions = self.lesions.take(self.chunks[number])
         predictions = self.predictor.predict(lesions, self.transforms, self.drop)
         table = prediction_table(predictions, self.predictor.run.task, self.predictor.members)
-        problems = [predictions.problems[row] for row in sorted(predictions.problems)]
         kept = np.ones(len(lesions), bool)
         kept[list(predictions.problems)] = False
         about = {
             "key": self._key(number),
-            "problems": [asdict(problem) for problem in problems],
+            "problems": [asdict(problem) for problem in predictions.problems.values()],
             "changes": dict(predictions.changes),
         }
         write_checked_parquet(self._path(number), table.filter(pa.array(kept)), {_KEY: json.dumps(about).encode()})

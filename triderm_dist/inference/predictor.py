@@ -116,7 +116,7 @@ class Predictor:
         with self._combining:
             results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
         changes = Counter(change for photo in source.changes.values() for change in photo)
-        return EnsemblePredictions(results, members, parts, dict(source.problems), changes)
+        return EnsemblePredictions(results, members, parts, dict(sorted(source.problems.items())), changes)
 
     @torch.no_grad()
     def attention(self, photos: PhotoSet) -> dict[str, AttentionMaps]:

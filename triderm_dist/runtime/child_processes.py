@@ -42,12 +42,16 @@ class Failure:
 
 @dataclass
 class _Running:
-    """A process, what it prints (an incomplete line is kept), and its end: `Failure`, its result, or nothing."""
+    """A process, what it prints (an incomplete line is kept), and what it answers.
+
+    end: kind of the answer, `Failure` or result, and peak memory in MiB; None before it has answered.
+    """
 
     process: Any
     output: Connection
     answer: Connection
     line: bytes = b""
+    end: tuple[str, Any, float] | None = None
 
 
 @contextmanager
@@ -149,6 +153,8 @@ class ChildProcesses:
         found = []
         for name, running in list(self._running.items()):
             has_ended = running.process.sentinel in ready
+            if not running.answer.closed and (has_ended or running.answer in ready):
+                _receive(running)
             if has_ended or running.output in ready:
                 _print_output(running, has_ended)
             if has_ended:
@@ -158,20 +164,18 @@ class ChildProcesses:
 
     def _handles(self) -> list[Any]:
         running = self._running.values()
-        return [each.process.sentinel for each in running] + [each.output for each in running if not each.output.closed]
+        pipes = [pipe for each in running for pipe in (each.output, each.answer) if not pipe.closed]
+        return [each.process.sentinel for each in running] + pipes
 
     def _failure(self, name: str, running: _Running) -> Failure | None:
         """Return how an ended process failed; None if it did not, and its result is kept."""
         running.process.join()
-        try:
-            kind, value, peak_mb = running.answer.recv()
-        except (EOFError, OSError):
-            code = running.process.exitcode
+        code = running.process.exitcode
+        running.process.close()
+        if running.end is None:
             by = f" (killed by {signal.Signals(-code).name})" if code and code < 0 else ""
             return Failure(f"its process died{by}, possibly out of memory", was_killed=True)
-        finally:
-            running.answer.close()
-            running.process.close()
+        kind, value, peak_mb = running.end
         add_child_peak(peak_mb)
         if kind == "result":
             self.results[name] = value
@@ -180,6 +184,14 @@ class ChildProcesses:
 
 
 _STOPPED = Failure("it was stopped")
+
+
+def _receive(running: _Running) -> None:
+    """Take the answer of a process that has sent one, or is sending it: it ends only when a large one was taken."""
+    with suppress(EOFError, OSError):
+        if running.answer.poll():
+            running.end = running.answer.recv()
+    running.answer.close()
 
 
 def _print_output(running: _Running, to_end: bool) -> None:

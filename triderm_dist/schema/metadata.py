@@ -51,7 +51,7 @@ class MetadataField:
             wrong = f"its kind is {self.kind!r}; known are number, category and ordinal"
         elif self.kind == "number" and (self.categories or self.synonyms):
             wrong = "a number has no categories"
-        elif self.kind == "number" and not self.low < min(self.high, self.full_scale or self.high):
+        elif self.kind == "number" and not self.low < min(self.high, self.scale_end):
             wrong = "low must be below high and full_scale"
         elif self.kind != "number" and len(self.categories) < 2:
             wrong = "at least two categories are needed"
@@ -69,6 +69,11 @@ class MetadataField:
     def label(self) -> str:
         """The name in reports and notes."""
         return self.title or self.name.replace("_", " ")
+
+    @property
+    def scale_end(self) -> float:
+        """The number that networks scale to 1."""
+        return self.high if self.full_scale is None else self.full_scale
 
     def meaning(self) -> list[Any]:
         """Return, as JSON types, what its values mean to a network."""
@@ -108,5 +113,5 @@ class MetadataField:
         return f"{value:g} {self.unit}".rstrip() if self.is_number else self.categories[int(value)]
 
     def scaled(self, numbers: Any) -> Any:
-        """Scale numbers (an array or a tensor): `low` to 0, `full_scale` to 1."""
-        return (numbers - self.low) / ((self.high if self.full_scale is None else self.full_scale) - self.low)
+        """Scale numbers (an array or a tensor): `low` to 0, `scale_end` to 1."""
+        return (numbers - self.low) / (self.scale_end - self.low)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from triderm_dist.data.readers.table import read_header, read_table
+from triderm_dist.data.readers.table import read_header, read_table, without_garbage_collection
 from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.runtime.extras import MissingPackage
 from triderm_dist.schema import DataError, TableFormat
@@ -78,6 +78,15 @@ def test_workbook_is_read_as_it_is_shown(workbook: Any, tmp_path: Path) -> None:
     workbook.save(tmp_path / "a.xlsx")
     rows = [list(cells.values()) for _, cells in read_table(tmp_path / "a.xlsx").rows()]
     assert rows == [["00012", "2024-03-01"], ["IL_0007", ""], ["1.23456789012346E+19", "2.5"]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's list of open files")
+def test_workbook_is_closed(workbook: Any, tmp_path: Path) -> None:
+    workbook.active.append(["=1+1", 2])
+    workbook.save(path := tmp_path / "a.xlsx")
+    with without_garbage_collection(), pytest.raises(DataError, match="a formula without a stored value"):
+        read_table(path)
+    assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve() == path]
 
 
 def test_workbook_with_wrong_dimensions_is_read_whole_and_a_damaged_one_refused(workbook: Any, tmp_path: Path) -> None:

@@ -152,8 +152,9 @@ def open_csv(path: Path, encoding: str | None) -> Iterator[CsvFile]:
 
 
 def _is_encoding(name: str) -> bool:
+    """Return whether Python knows the encoding, and it is one of text: not `hex`, for example."""
     try:
-        codecs.lookup(name)
+        "".encode(name)
     except LookupError:
         return False
     return True

@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,10 @@ def _rows_of_sheet(path: Path, name: str | None) -> Iterator[tuple[int, list[str
     has_formulas = any(b"<f>" in part or b"<f " in part for part in parts)
     has_merged = any(b"<mergeCell " in part for part in parts)
     del parts
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    for sheet in book.worksheets:
-        sheet.reset_dimensions()  # wrong in files of some programs; openpyxl would skip cells outside
-    full = [sheet for sheet in book.worksheets if any(any(cell is not None for cell in row) for row in sheet.values)]
-    if name is not None:
-        if not (chosen := [sheet for sheet in full if sheet.title == name]):
-            names = ", ".join(repr(sheet.title) for sheet in full)
-            raise DataError(f"{path}: has no sheet {name!r} (table.sheet in task.yaml) with content; it has {names}")
-        full = chosen
-    if len(full) > 1:
-        raise SeveralSheets(path, [sheet.title for sheet in full])
-    for sheet in full:
+    with closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+        sheet = _sheet_with_content(path, book, name)
+        if sheet is None:
+            return
         if has_merged and (merged := openpyxl.load_workbook(path)[sheet.title].merged_cells.ranges):
             first = min(map(str, merged))
             raise DataError(f"{path}: the cells {first} are merged, so that only the first has a value; unmerge them")
@@ -79,19 +72,35 @@ def _rows_of_sheet(path: Path, name: str | None) -> Iterator[tuple[int, list[str
             yield number, cells + [""] * (width - len(cells))
 
 
+def _sheet_with_content(path: Path, book: Any, name: str | None) -> Any | None:
+    """Return the sheet `name`, by default the only one with content; None if no sheet has any."""
+    for sheet in book.worksheets:
+        sheet.reset_dimensions()  # wrong in files of some programs; openpyxl would skip cells outside
+    full = [sheet for sheet in book.worksheets if any(any(cell is not None for cell in row) for row in sheet.values)]
+    if name is not None:
+        if not (chosen := [sheet for sheet in full if sheet.title == name]):
+            names = ", ".join(repr(sheet.title) for sheet in full)
+            raise DataError(f"{path}: has no sheet {name!r} (table.sheet in task.yaml) with content; it has {names}")
+        full = chosen
+    if len(full) > 1:
+        raise SeveralSheets(path, [sheet.title for sheet in full])
+    return full[0] if full else None
+
+
 def _check_formulas(path: Path, values: Any) -> None:
     """Raise DataError for a formula without a stored value, as programs write that do not calculate."""
     import openpyxl
 
-    sheet = openpyxl.load_workbook(path, read_only=True)[values.title]
-    sheet.reset_dimensions()
-    for formulas, results in zip(sheet.iter_rows(), values.values, strict=False):
-        for cell, result in zip(formulas, results, strict=False):
-            if result is None and cell.data_type == "f":
-                raise DataError(
-                    f"{path}, cell {cell.coordinate}: a formula without a stored value; open and save the workbook in "
-                    "a spreadsheet program, or save it as CSV"
-                )
+    with closing(openpyxl.load_workbook(path, read_only=True)) as book:
+        sheet = book[values.title]
+        sheet.reset_dimensions()
+        for formulas, results in zip(sheet.iter_rows(), values.values, strict=False):
+            for cell, result in zip(formulas, results, strict=False):
+                if result is None and cell.data_type == "f":
+                    raise DataError(
+                        f"{path}, cell {cell.coordinate}: a formula without a stored value; open and save the workbook "
+                        "in a spreadsheet program, or save it as CSV"
+                    )
 
 
 def _excel_text(cell: Any) -> str:

@@ -139,8 +139,8 @@ class Cache:
                 raise OSError(errno.ENOSPC, f"{file.bytes / 1e9:.2f} GB needed, {self._free() / 1e9:.2f} GB free")
             if usage.bytes + file.bytes > self.limit:
                 return False
-            usage.bytes += file.bytes
             part.touch()
+            usage.bytes += file.bytes
             return True
 
     def _free(self) -> int:
@@ -273,7 +273,9 @@ def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def _has_size(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
+    with contextlib.suppress(FileNotFoundError):  # another process may evict it at any time
+        return path.stat().st_size == size
+    return False
 
 
 def _open_shared(path: Path, size: int) -> CachedFile | None:

@@ -21,7 +21,7 @@ class TarWriter:
         """Append a member and return the offset of its data."""
         info = tarfile.TarInfo(name)  # owner, time and mode are constants
         info.size = len(data)
-        self._write(info.tobuf(tarfile.GNU_FORMAT))
+        self._write(info.tobuf(tarfile.GNU_FORMAT, "utf-8"))
         offset = self._position
         self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
         return offset

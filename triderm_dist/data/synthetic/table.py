@@ -168,7 +168,7 @@ def draw_cell(generator: np.random.Generator, field: MetadataField, level: float
     if generator.random() < MISSING:
         return missing if generator.random() < 0.5 else ""
     if field.is_number:
-        high = min(field.high, field.full_scale or field.high)
+        high = min(field.high, field.scale_end)
         share = generator.random() if level is None else np.clip(generator.normal(0.25 + 0.5 * level, 0.12), 0, 1)
         number = field.low + float(share) * (high - field.low)
         return f"{number:.0f}" if high - field.low > 20 else f"{number:.2f}"
