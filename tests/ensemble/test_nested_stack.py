@@ -61,6 +61,7 @@ def test_extra_columns_are_kept_only_if_they_improve_the_score() -> None:
     table = plain.out_of_fold.copy()
     table[inside] = np.eye(11)[labels[inside]]
     table[~inside] = worse.out_of_fold[~inside]
-    lucky = NestedStack(table, dict.fromkeys(range(3), table), plain.stackers)
-    _, kept, _ = choose_columns({"plain": plain, "lucky": lucky}, labels, folds)
+    lucky = NestedStack(table, dict.fromkeys(range(3), table), dict.fromkeys(range(3), "stacker 4"))
+    name, kept, _ = choose_columns({"plain": plain, "lucky": lucky}, labels, folds)
     np.testing.assert_array_equal(kept.out_of_fold[inside], plain.out_of_fold[inside])
+    assert name == "plain" and kept.stackers == plain.stackers

@@ -13,6 +13,7 @@ from triderm_dist.ensemble import xgboost_stacker
 from triderm_dist.ensemble.columns import ColumnFile
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
 from triderm_dist.ensemble.stack_inputs import base_columns
+from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import (
     GPU_CELLS,
     _row_weights,
@@ -107,6 +108,15 @@ def test_fold_stackers_set_the_number_of_rounds(table: OofTable) -> None:
     ]
     rounds = [stacker.model.rounds for stacker in fold_stackers]
     assert fit_stacker(training_rows(table), QUICK, fold_stackers=fold_stackers).model.rounds == np.median(rounds)
+
+
+@pytest.mark.parametrize(("lesions", "enough"), [(4, True), (2, True), (1, False)])
+def test_early_stopping_has_lesions_to_validate_on_where_every_diagnosis_has_few(lesions: int, enough: bool) -> None:
+    labels = np.repeat(np.arange(4), lesions)
+    rows = TrainingRows(np.eye(4, dtype=np.float32)[labels], np.arange(len(labels)), labels, np.arange(len(labels)),
+                        tuple("abcd"), tuple("ABCD"))  # fmt: skip
+    stacker = fit_stacker(rows, StackConfig(device="cpu", min_child_weight=0, max_rounds=20))
+    assert (stacker.model.rounds > 1) == enough
 
 
 def test_threads_follow_the_size_of_the_fit() -> None:

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from tests.processes import wait_for
 from triderm_dist.inference.chunks import PredictionJob, prediction_table, run_hash
@@ -99,6 +100,18 @@ def test_rank_0_waits_for_the_chunks_of_other_ranks(predictor, lesions, tmp_path
     thread.join()
     assert main.result()[0].equals(expected)
     assert len(predicted) == 3
+
+
+def test_a_rank_that_runs_out_of_memory_writes_chunks_that_rank_0_takes(trained_run, predictor, lesions, tmp_path):
+    small = Predictor(trained_run.folder, batch=4)
+
+    def run_out(network, inputs):
+        if len(inputs[-1]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small.models[0].networks[0].register_forward_pre_hook(run_out)
+    job_of(small, lesions, tmp_path).run(1, 2)
+    assert job_of(predictor, lesions, tmp_path).read(1) is not None
 
 
 def test_unreadable_photo_is_refused_or_its_lesion_left_out(predictor, lesions, tmp_path):

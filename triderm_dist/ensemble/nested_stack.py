@@ -97,20 +97,21 @@ def choose_columns(
     """Choose among nested stacks on different columns by argmax macro F1; the first wins ties.
 
     Returns (name of the best over all folds, nested stack, macro F1 of each variant). In the nested stack, the choice
-    for fold k is made on the other folds, by stackers fitted without k, so that the estimate for k stays unbiased.
+    for fold k is made on the other folds, by stackers fitted without k, so that the estimate for k stays unbiased; its
+    `stackers` are those of the best over all folds.
     """
     names = list(variants)
     first = variants[names[0]]
-    out_of_fold, without, stackers = first.out_of_fold.copy(), {}, {}
+    out_of_fold, without = first.out_of_fold.copy(), {}
     for fold in first.without:
         inside = folds == fold
         scores = [metrics.argmax_macro_f1(variants[n].without[fold][~inside], labels[~inside]) for n in names]
         best = variants[names[int(np.argmax(scores))]]
-        without[fold], stackers[fold] = best.without[fold], best.stackers[fold]
+        without[fold] = best.without[fold]
         out_of_fold[inside] = best.out_of_fold[inside]
     overall = {name: metrics.argmax_macro_f1(variant.out_of_fold, labels) for name, variant in variants.items()}
     name = max(overall, key=lambda each: overall[each])
-    return name, NestedStack(out_of_fold, without, stackers), overall
+    return name, NestedStack(out_of_fold, without, variants[name].stackers), overall
 
 
 def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:

@@ -61,7 +61,7 @@ class Predictor:
     """The networks and the ensemble of a run, loaded once; safe to use from several threads.
 
     device: such as `cpu` or `cuda:1`; None takes the GPU if there is one.  precision: None takes that of each model's
-    settings.  batch: lesions in a forward pass, fewer where memory runs out; None takes `predict.batch` of the run.
+    settings.  batch: lesions in a forward pass, None takes `predict.batch` of the run; fewer where memory runs out.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Predictor:
         """Load all networks. Raises InputError if the run is incomplete, damaged or of another version."""
         self.run = run if isinstance(run, RunFolder) else open_run_folder(run)
         self.device = choose_device(device)
-        self.batch = batch or self.run.experiment.predict.batch
+        self.batch = self._fitting_batch = batch or self.run.experiment.predict.batch
         self._loader = NetworkLoader(self.run, self.device, precision)
         self.models = [self._loader.load(name) for name in self.run.networks]
         self.embedding = self._loader.load_embedding()
@@ -104,7 +104,9 @@ class Predictor:
             source = _Canvases(photos, drop)
             return source, *self._outputs(photos, source, transforms, batch)
 
-        found, self.batch = with_smaller_batches(outputs_of, self.batch, "predict.batch", collective=False)
+        found, self._fitting_batch = with_smaller_batches(
+            outputs_of, self._fitting_batch, "predict.batch", collective=False
+        )
         source, outputs, embeddings = found
         parts = []
         for model in self.models:
