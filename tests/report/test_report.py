@@ -23,6 +23,7 @@ from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
 from triderm_dist.report.sections.malignancy import malignancy
 from triderm_dist.report.slices import GROUP
+from triderm_dist.report.wording import predicts_alone
 from triderm_dist.schema import DIAGNOSES, DataError, Task
 
 
@@ -163,6 +164,13 @@ def test_what_predicts_is_told(run: Path, tmp_path: Path) -> None:
     gap = content.fit["choice"]["difference"]
     assert text.count("trimodal predicts alone.") == 2  # of the ensemble, and of the text for a paper
     assert text.count(f"{gap['value']:+.3f}") >= 3 and f"{gap['low']:+.3f} to {gap['high']:+.3f}" in text
+    for weighting, members, sentence in (
+        ("trimodal-seeds", ("trimodal", "trimodal-s1"), "The mean of the 2 seeds of trimodal predicts alone."),
+        ("stack", ("trimodal", "dual_cnn", "stack"), "The stacker predicts alone."),
+        ("mean", ("trimodal", "dual_cnn"), ""),
+    ):
+        content.ensemble = replace(content.ensemble, members=members, weighting=weighting)
+        assert predicts_alone(content) == sentence
 
 
 def test_slices_of_every_field_cover_all_lesions(run: Path) -> None:

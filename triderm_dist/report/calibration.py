@@ -55,13 +55,13 @@ class BeforeAndAfter:
 class NetworkCalibration:
     """A network without (first) and with (second) its temperature.
 
-    temperature: that of ensemble.json, None if it is no member.  nll, error, brier: negative log-likelihood,
+    temperature: that of ensemble.json, or of a network that is no member fitted in the same way.  nll, error, brier: negative log-likelihood,
     calibration error of the most probable diagnosis, and Brier score summed over diagnoses.  brier_change: second
     minus first.
     """
 
     name: str
-    temperature: float | None
+    temperature: float
     nll: tuple[float, float]
     error: tuple[float, float]
     brier: tuple[float, float]
@@ -101,7 +101,7 @@ class EnsembleCalibration:
             result.append(
                 NetworkCalibration(
                     name=name,
-                    temperature=float(temperatures[name]) if name in temperatures else None,
+                    temperature=float(temperatures[name]),
                     nll=(
                         metrics.negative_log_likelihood(before, labels, nothing),
                         metrics.negative_log_likelihood(after, labels, nothing),

@@ -154,15 +154,12 @@ class Discrimination:
         if not {0.0, 1.0} <= set(np.unique(of_label)):
             return None
         counted = ~np.isnan(of_label)
-        probabilities, malignant = self.rows.probabilities[counted], self.kinds == 1
-        known = probabilities[:, ~np.isnan(self.kinds)].sum(axis=1)
-        score = probabilities[:, malignant].sum(axis=1)
         return Target(
             name=MALIGNANT,
             title="malignant against benign",
-            scores=np.divide(score, known, out=np.zeros_like(known), where=known > 0),
+            scores=malignant_share(self.rows.probabilities[counted], self.kinds),
             positive=of_label[counted] == 1,
-            decided=self.rows.decisions[counted][:, malignant].any(axis=1),
+            decided=self.rows.decisions[counted][:, self.kinds == 1].any(axis=1),
             folds=self.rows.folds[counted],
             groups=None if self.groups is None else self.groups[counted],
             malignant=True,
@@ -209,6 +206,15 @@ class Discrimination:
             "most probable diagnosis": metrics.argmax_decisions(rows.probabilities),
         }
         return {name: intervals.macro_f1(table, rows.labels, self.groups) for name, table in rules.items()}
+
+
+def malignant_share(probabilities: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Return (N,) the share of the malignant diagnoses in the probability (N, C) of those of a known kind, 0 where that
+    is 0. kinds: see `Discrimination.kinds`.
+    """
+    known = probabilities[:, ~np.isnan(kinds)].sum(axis=1)
+    malignant = probabilities[:, kinds == 1].sum(axis=1)
+    return np.divide(malignant, known, out=np.zeros_like(known), where=known > 0)
 
 
 def operating_point(target: Target, sensitivity: float) -> OperatingPoint | None:

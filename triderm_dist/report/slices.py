@@ -21,6 +21,7 @@ import numpy as np
 from triderm_dist import intervals, metrics
 from triderm_dist.intervals import Interval
 from triderm_dist.intervals.interval import NORMAL
+from triderm_dist.report.discrimination import malignant_share
 from triderm_dist.schema import VIEWS, MetadataField, Task
 
 MIN_SLICE_LESIONS = 100
@@ -188,10 +189,7 @@ class _Scores:
         self.kind = lesions.malignant[lesions.labels]
         self.has_kinds = bool((self.kind == 0).any() and (self.kind == 1).any())
         if self.has_kinds:
-            known = lesions.probabilities[:, ~np.isnan(lesions.malignant)].sum(axis=1)
-            part = lesions.probabilities[:, lesions.malignant == 1].sum(axis=1)
-            share = np.divide(part, known, out=np.zeros_like(known), where=known > 0)
-            self.malignant_ranks = _ranks(share)
+            self.malignant_ranks = _ranks(malignant_share(lesions.probabilities, lesions.malignant))
             self.called = lesions.decisions[:, lesions.malignant == 1].any(axis=1).astype(float)
 
     def of(self, mask: np.ndarray) -> dict[str, tuple[Interval, Interval, float]]:

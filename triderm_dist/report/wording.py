@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from triderm_dist.config import mean_of_seeds
+from triderm_dist.ensemble.run_files import STACKER
 from triderm_dist.report.content import Content
 
 RULES = {
@@ -23,6 +25,19 @@ SCORED_DECISIONS = {
 def scored_decision(content: Content) -> str:
     """Return what the run's macro F1 counts as predicted."""
     return "official metric" if content.task.submission else SCORED_DECISIONS[content.task.decision]
+
+
+def predicts_alone(content: Content) -> str:
+    """Return the sentence that says which member, or which model's seeds, predict in place of the ensemble; "" where
+    it predicts, and for runs of earlier versions and of a single network.
+    """
+    members, weighting = content.ensemble.members, content.ensemble.weighting
+    if not content.fit.get("choice"):
+        return ""
+    if weighting == mean_of_seeds(members[0]):
+        return f"The mean of the {len(members)} seeds of {members[0]} predicts alone."
+    name = "The stacker" if weighting == STACKER else weighting
+    return f"{name} predicts alone." if weighting in members else ""
 
 
 def fitted_out_of_fold(content: Content) -> str:

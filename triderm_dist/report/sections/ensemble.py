@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.config import mean_of_seeds
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.contributions import Contributions
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
 from triderm_dist.report.style import BLUE, DIVERGING, FAINT, GRAY, MEDIUM, NARROW, SEQUENTIAL
-from triderm_dist.report.wording import RULES
+from triderm_dist.report.wording import RULES, predicts_alone
 
 DECISIONS = {
     "any": "A diagnosis is predicted where its probability exceeds its threshold.",
@@ -36,6 +35,7 @@ def ensemble(content: Content) -> Section:
     ]
     columns = [Column("weight", "weight"), Column("temperature", "temperature", ".2f")]
     stacker = content.stacker
+    predicts = predicts_alone(content) or ("The ensemble predicts." if content.fit.get("choice") else "")
     figures = [
         *([_weights(content)] if len(fitted.members) > 1 else []),
         *([_importance(content)] if content.importance else []),
@@ -47,23 +47,10 @@ def ensemble(content: Content) -> Section:
         tables=[Table("members", "Members that predict", columns, rows, "member"), *_choice(content)],
         figures=figures,
         values={
-            "text": f"{_predicts(content)}{_rule(content)} Logits are divided by a temperature first."
+            "text": f"{predicts} {_rule(content)} Logits are divided by a temperature first.".lstrip()
             + (f" Stacker: {stacker.model.summary()}." if stacker else "")
         },
     )
-
-
-def _predicts(content: Content) -> str:
-    """Say what predicts; "" for runs of earlier versions and of a single network."""
-    choice = content.fit.get("choice")
-    if not choice:
-        return ""
-    if choice["used"] in content.networks:
-        return f"{choice['used']} predicts alone. "
-    members = content.ensemble.members
-    if choice["used"] == mean_of_seeds(members[0]):
-        return f"The mean of the {len(members)} seeds of {members[0]} predicts alone. "
-    return "The ensemble predicts. "
 
 
 def _choice(content: Content) -> list[Table]:
@@ -88,8 +75,8 @@ def _rule(content: Content) -> str:
         return RULES["argmax"]
     if fitted.tau is not None:
         thresholds = (
-            f"Thresholds are the share of each diagnosis to the power {fitted.tau:g}: logit adjustment, "
-            "logits − tau · log(prior)."
+            f"Thresholds are proportional to the share of each diagnosis to the power {fitted.tau:g}: logit "
+            "adjustment, logits − tau · log(prior)."
         )
     elif fitted.shrinkage:
         thresholds = (
@@ -134,7 +121,7 @@ def _importance(content: Content) -> Figure:
         axes.grid(axis="y", visible=False)
 
     alt = f"Most important columns of the stacker by {measure}: " + ", ".join(name for name, _ in top[:5]) + "."
-    caption = f"The 20 most important columns of the {content.stacker.model.title} stacker, by {measure}."
+    caption = f"The {len(top)} most important columns of the {content.stacker.model.title} stacker, by {measure}."
     return Figure("importance", draw, alt, caption, (MEDIUM, 5.0))
 
 

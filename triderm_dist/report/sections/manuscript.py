@@ -22,7 +22,7 @@ from triderm_dist.report.sections.missing_inputs import missing_inputs
 from triderm_dist.report.sections.operating_points import operating_points
 from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.slices import slices
-from triderm_dist.report.wording import RULES, fitted_out_of_fold, scored_decision
+from triderm_dist.report.wording import RULES, fitted_out_of_fold, predicts_alone, scored_decision
 
 QUOTED: tuple[Callable[[Content], Section | None], ...] = (
     *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs, ensemble),
@@ -54,7 +54,7 @@ def manuscript(content: Content) -> Section:
             *(["metadata"] if task.fields else []),
         ],
         "members": len(content.ensemble.members),
-        "alone": content.ensemble.members[0] if len(content.ensemble.members) == 1 < len(content.networks) else "",
+        "alone": predicts_alone(content),
         "extra_sets": extra_sets(content.folder, content.networks),
         "transforms": content.transforms,
         "rule": RULES[task.decision],

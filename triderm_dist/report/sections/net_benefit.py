@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist import intervals
+from triderm_dist import intervals, metrics
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import NetBenefit, net_benefit_curve
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
@@ -59,7 +59,7 @@ def _curves(content: Content) -> Figure:
         grid = panels(figure, len(targets), unit_square=False)
         for axes, target in zip(grid, targets, strict=True):
             prevalence = target.prevalence
-            of_all = prevalence - (1 - prevalence) * CURVE / (1 - CURVE)
+            of_all = [metrics.net_benefit_of_all(prevalence, risk) for risk in CURVE]
             axes.axhline(0, color=GRAY, linewidth=0.8)
             axes.plot(CURVE, of_all, color=ORANGE, linewidth=1.2, linestyle=DASHED, label="treat all")
             axes.plot(CURVE, net_benefit_curve(target.ranking, CURVE), color=BLUE, linewidth=1.4, label="ensemble")
