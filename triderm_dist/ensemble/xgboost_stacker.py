@@ -251,7 +251,7 @@ def _best_rounds(
     seed: int,
     cache: Path,
 ) -> int:
-    """Find the number of rounds by early stopping on one part of the rows; 1 where each diagnosis has a single group."""
+    """Find the number of rounds by early stopping on a part of the rows; 1 where each diagnosis has a single group."""
     parts = split_parts(rows.labels, rows.groups, EARLY_STOPPING_PARTS, seed)
     held_out = parts == parts.min()  # part 0 is empty where every diagnosis has fewer groups than there are parts
     if held_out.all():

@@ -55,9 +55,9 @@ class BeforeAndAfter:
 class NetworkCalibration:
     """A network without (first) and with (second) its temperature.
 
-    temperature: that of ensemble.json, or of a network that is no member fitted in the same way.  nll, error, brier: negative log-likelihood,
-    calibration error of the most probable diagnosis, and Brier score summed over diagnoses.  brier_change: second
-    minus first.
+    temperature: that of ensemble.json; of a network that is no member, fitted as those are.  nll, error, brier: negative
+    log-likelihood, calibration error of the most probable diagnosis, and Brier score summed over diagnoses.
+    brier_change: second minus first.
     """
 
     name: str
