@@ -55,8 +55,8 @@ class BeforeAndAfter:
 class NetworkCalibration:
     """A network without (first) and with (second) its temperature.
 
-    temperature: that of ensemble.json; of a network that is no member, fitted as those are.  nll, error, brier: negative
-    log-likelihood, calibration error of the most probable diagnosis, and Brier score summed over diagnoses.
+    temperature: that of ensemble.json; of a network that is no member, fitted as those are.  nll, error, brier:
+    negative log-likelihood, calibration error of the most probable diagnosis, and Brier score summed over diagnoses.
     brier_change: second minus first.
     """
 
