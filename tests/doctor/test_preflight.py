@@ -125,6 +125,12 @@ def test_complete_inputs_pass_with_notes(folder: Path) -> None:
     assert notes == [f"{truth}: 1 lesions are not in the test set"]
 
 
+def test_mean_of_the_seeds_of_a_model_may_predict(folder: Path) -> None:
+    assert check_pipeline(settings(folder, "models.a.seeds=2", "ensemble.use=a-seeds")) == []
+    with pytest.raises(InputError, match="ensemble.use=a-seeds: no such member"):
+        check_pipeline(settings(folder, "models.a.seeds=2", "ensemble.members=[a-s1]", "ensemble.use=a-seeds"))
+
+
 def test_folder_that_was_corrected_since_it_was_packed_passes(folder: Path) -> None:
     one_diagnosis(folder)
     packed = folder / "run" / "shards" / "train"

@@ -38,6 +38,7 @@ from triderm_dist.config.model import (
     TowerConfig,
     mean_of_seeds,
     seed_names,
+    seeds_of_models,
 )
 from triderm_dist.config.paths import CONFIG_DIR, absolute_path, map_paths
 from triderm_dist.config.saving import CONFIG_FILE, as_yaml, save
@@ -106,6 +107,7 @@ __all__ = [
     "read_yaml",
     "save",
     "seed_names",
+    "seeds_of_models",
     "shipped",
     "shipped_names",
     "slice_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -177,6 +177,14 @@ def seed_names(name: str, seeds: int) -> list[str]:
 def mean_of_seeds(name: str) -> str:
     """Return the name of the mean of a model's seeds, which stands for the model where single networks are compared."""
     return f"{name}-seeds"
+
+
+def seeds_of_models(models: Mapping[str, ModelConfig], names: Collection[str]) -> dict[str, list[str]]:
+    """Return the trainings among `names` of each model of which several seeds are there, by the model's name."""
+    found = {
+        name: [each for each in seed_names(name, model.seeds) if each in names] for name, model in models.items()
+    }
+    return {name: seeds for name, seeds in found.items() if len(seeds) > 1}
 
 
 def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:

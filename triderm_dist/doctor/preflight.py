@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, mean_of_seeds, seeds_of_models
 from triderm_dist.data.folds import assign_folds, decimal_order
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Spellings
@@ -97,8 +97,10 @@ def check_members(experiment: Experiment) -> None:
     for name in experiment.ensemble.members or ():
         if name not in experiment.models:
             raise ConfigError(f"ensemble.members: no model is named {name!r}; {did_you_mean(name, experiment.models)}")
-    members = [*(experiment.ensemble.members or experiment.models), *([STACKER] if experiment.stack.enabled else [])]
-    use, known = experiment.ensemble.use, (AUTO, ENSEMBLE, *members)
+    networks = experiment.ensemble.members or tuple(experiment.models)
+    means = map(mean_of_seeds, seeds_of_models(experiment.models, networks))
+    known = (AUTO, ENSEMBLE, *networks, *means, *([STACKER] if experiment.stack.enabled else []))
+    use = experiment.ensemble.use
     if use not in known:
         raise ConfigError(f"ensemble.use={use}: no such member; {did_you_mean(use, known)}")
 

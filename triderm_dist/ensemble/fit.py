@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.config import Experiment, import_plugins, mean_of_seeds, seed_names
+from triderm_dist.config import Experiment, import_plugins, mean_of_seeds, seeds_of_models
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
 from triderm_dist.ensemble.calibration import fit_temperature, member_probabilities
@@ -198,7 +198,7 @@ def _nested_estimate(
 
 
 def _fitting(table: OofTable, models: tuple[str, ...], config: Experiment) -> Fitting:
-    return Fitting(config.ensemble, config.seed, table.task.decision, list(_seeds(models, config).values()))
+    return Fitting(config.ensemble, config.seed, table.task.decision, list(seeds_of_models(config.models, models).values()))
 
 
 def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:
@@ -328,7 +328,7 @@ def _beats(rival: str, gap: Interval) -> str:
 def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:
     """Return notes on the nested macro F1 of models that were trained with several seeds."""
     notes = []
-    for name, seeds in _seeds(models, config).items():
+    for name, seeds in seeds_of_models(config.models, models).items():
         scores = [metrics.macro_f1(nested.decisions[each], labels) for each in seeds]
         spread = f"{min(scores):.3f} to {max(scores):.3f}, standard deviation {np.std(scores, ddof=1):.3f}"
         notes.append(f"{name}: nested macro F1 of its {len(seeds)} seeds {spread}; they share one weight")
@@ -337,16 +337,7 @@ def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.nda
 
 def _seed_means(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:
     """Return the networks whose mean is the mean of a model's seeds, by the name of that mean."""
-    return {mean_of_seeds(name): seeds for name, seeds in _seeds(models, config).items()}
-
-
-def _seeds(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:
-    """Return the networks in `models` of each model of which several seeds are there, by the model's name."""
-    networks = {
-        name: [each for each in seed_names(name, model.seeds) if each in models]
-        for name, model in config.models.items()
-    }
-    return {name: seeds for name, seeds in networks.items() if len(seeds) > 1}
+    return {mean_of_seeds(name): seeds for name, seeds in seeds_of_models(config.models, models).items()}
 
 
 def _biased_scores(models: tuple[str, ...], config: Experiment) -> list[str]:
