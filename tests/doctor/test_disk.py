@@ -46,6 +46,15 @@ def test_estimate_is_near_what_a_small_run_leaves(tmp_path, keep):
     assert bool(list(run.glob("*/fold-*/checkpoints"))) == keep
 
 
+@pytest.mark.parametrize(("use", "tables"), [("[clinical]", 1), ("[clinical, dermoscopic, concepts, metadata]", 5)])
+def test_each_input_that_is_hidden_adds_a_table(tmp_path, use, tables):
+    words = [*SETTINGS, f"output={tmp_path / 'run'}", f"models.cnn.use={use}", f"models.tri.use={use}"]
+    experiment = load(Experiment, None, words)
+    small, large = (synthetic_shards(tmp_path / str(lesions), lesions, 40) for lesions in (32, 64))
+    few, many = (estimate_disk(experiment, index.signature, index, NO_TEST) for index in (small, large))
+    assert many.folds - few.folds == tables * (many.tables - few.tables) > 0  # the weights are the same
+
+
 def test_sets_that_are_not_packed_are_estimated_by_their_photos(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.JPG").write_bytes(bytes(400_000))

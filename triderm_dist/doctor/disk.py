@@ -86,6 +86,7 @@ def estimate_disk(
     experiment: Experiment, signature: Signature, packed: ShardIndex | str, test: ShardIndex | str
 ) -> DiskEstimate:
     """Estimate the disk space of a run. packed, test: see `disk_finding`. Raises InputError for an unknown tower."""
+    from triderm_dist.engine.fold import hidden_inputs
     from triderm_dist.models import network_class
 
     data, views = experiment.data, max(1, len(signature.views))
@@ -102,8 +103,8 @@ def estimate_disk(
         kept = last * checkpoint if train.keep_checkpoints else 0
         numbers = 3 * len(signature.diagnoses) + model.width + len(signature.concepts) + len(signature.fields)
         row = 4 * numbers + ROW_BYTES
-        hidden = 2 if {"clinical", "dermoscopic"} <= {*model.use} & {*signature.views} else 0
-        folds += data.folds * (sizes.weights + kept + test_lesions * row) + train_lesions * row * (1 + hidden)
+        predicted = 1 + len(hidden_inputs(model, signature))  # tables of the held-out lesions
+        folds += data.folds * (sizes.weights + kept + test_lesions * row) + train_lesions * row * predicted
         # The oldest checkpoint is removed after the next one is complete.
         checkpoints = max(checkpoints, (last + 1) * checkpoint - kept)
         tables += (train_lesions + test_lesions) * row

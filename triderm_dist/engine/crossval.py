@@ -22,13 +22,14 @@ from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch, with_smaller_batches
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
-from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate_hidden
+from triderm_dist.engine.evaluate import Evaluation, evaluate_hidden
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.fold import (
     add_trained_parts,
     as_predictions,
     assigned_folds,
     check_run_task,
+    hidden_inputs,
     is_fold_finished,
     load_network,
     model_config,
@@ -336,11 +337,8 @@ class FoldRun:
 
     @property
     def hidden_inputs(self) -> tuple[str, ...]:
-        """Inputs that are treated as missing in turn in further predictions: all that the network uses, if several."""
-        signature = self.index.signature
-        has = {*signature.views, *(["concepts"] * bool(signature.concepts)), *(["metadata"] * bool(signature.fields))}
-        used = tuple(name for name in INPUTS if name in has and name in self.model.use)
-        return used if len(used) > 1 else ()
+        """Inputs that are treated as missing in turn in further predictions."""
+        return hidden_inputs(self.model, self.index.signature)
 
     def _write(self, outcome: _Outcome) -> None:
         """Write fold.json, which marks the training as finished."""

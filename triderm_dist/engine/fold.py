@@ -29,7 +29,7 @@ from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import Predictions, read_transforms
-from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
+from triderm_dist.schema import UNLABELED, ConfigError, DataError, Signature, Task
 from triderm_dist.tasks import recorded_task
 
 
@@ -77,6 +77,14 @@ def add_trained_parts(network: Network, model: ModelConfig, task: Task) -> Netwo
             )
         network.add_fine_head(len(task.fine.names))
     return network
+
+
+def hidden_inputs(model: ModelConfig, signature: Signature) -> tuple[str, ...]:
+    """Return the inputs that are treated as missing in turn in a fold's further predictions: all that the network uses,
+    if several.
+    """
+    used = tuple(name for name in signature.inputs if name in model.use)
+    return used if len(used) > 1 else ()
 
 
 def as_predictions(

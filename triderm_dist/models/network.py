@@ -86,7 +86,7 @@ class Network(nn.Module, ABC):
         self.used_views: tuple[str, ...] = tuple(view for view in signature.views if view in config.use)
         if not (self.used_views or self.used_concepts or self.used_fields):
             raise ConfigError(
-                f"models.NAME.use: the network would have no input; the task has {', '.join(self._modalities())}"
+                f"models.NAME.use: the network would have no input; the task has {', '.join(signature.inputs)}"
             )
         self.fine_head: Head | None = None
         self.towers = nn.ModuleDict()
@@ -178,7 +178,7 @@ class Network(nn.Module, ABC):
 
     def left_out(self) -> list[str]:
         """Name the parts that are not built because the task lacks their input."""
-        has = self._modalities()
+        has = self.signature.inputs
         return [
             *(f"tower, tokens and auxiliary head of the {view} view" for view in VIEWS if view not in has),
             *(f"input of {name}" for name in ("concepts", "metadata") if name not in has),
@@ -240,13 +240,6 @@ class Network(nn.Module, ABC):
         """Return the tokens (B, L, width) of the used views, and whether each view is present, (B,) bool."""
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
         return self.encode(clinical, dermoscopic), present
-
-    def _modalities(self) -> list[str]:
-        """Return what the task has, as `config.use` names it."""
-        signature = self.signature
-        return [
-            *signature.views, *(["concepts"] if signature.concepts else []), *(["metadata"] if signature.fields else [])
-        ]  # fmt: skip
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]

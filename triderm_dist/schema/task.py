@@ -320,6 +320,11 @@ class Signature:
     def field_names(self) -> tuple[str, ...]:
         return tuple(each.name for each in self.fields)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the task has of clinical, dermoscopic, concepts and metadata, as `models.NAME.use` names it."""
+        return (*self.views, *(["concepts"] if self.concepts else []), *(["metadata"] if self.fields else []))
+
 
 def _lower(words: Iterable[str]) -> list[str]:
     return [word.lower() for word in words]
