@@ -127,7 +127,7 @@ def test_complete_inputs_pass_with_notes(folder: Path) -> None:
 
 def test_mean_of_the_seeds_of_a_model_may_predict(folder: Path) -> None:
     assert check_pipeline(settings(folder, "models.a.seeds=2", "ensemble.use=a-seeds")) == []
-    with pytest.raises(InputError, match="ensemble.use=a-seeds: no such member"):
+    with pytest.raises(InputError, match=r"ensemble\.use=a-seeds: no such member"):
         check_pipeline(settings(folder, "models.a.seeds=2", "ensemble.members=[a-s1]", "ensemble.use=a-seeds"))
 
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triderm_dist.config import Experiment, load
+from triderm_dist.config import Experiment, ModelConfig, load
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import TrainStep
 from triderm_dist.losses import CompoundLoss, LossInputs, LossTerm
+from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.monitoring.memory_estimate import network_without_weights
 from triderm_dist.optim import build_optimizer
@@ -30,6 +33,7 @@ from triderm_dist.schema import Batch
 from triderm_dist.tasks import milk10k_task
 
 LESIONS = 4
+SIGNATURE = milk10k_task().signature(("clinical/a", "dermoscopic/a"))
 OPERATIONS = {"trimodal": 1361, "dual_cnn": 862}
 """Of a step with one micro-batch, bf16, on a CPU. Lower them where a change takes fewer; raise them only for a
 reason.
@@ -55,33 +59,38 @@ class CountOperations(TorchDispatchMode):
         return sum(number for name, number in self.found.items() if name not in NO_KERNEL)
 
 
-def take_steps(kind: str, *settings: str, term: type[LossTerm] | None = None) -> CountOperations:
-    """Take two steps on fake tensors; return the operations of the second one."""
+def settings(kind: str, *words: str) -> ModelConfig:
     tower = {"trimodal": "test_vit", "dual_cnn": "test_efficientnet"}[kind]
+    model = f"models.m={{kind: {kind}, width: 32, heads: 2}}"
+    shape = f"models.m.tower={{source: 'timm:{tower}', image_size: 32, freeze_clinical: 3, freeze_dermoscopic: 3}}"
+    return load(Experiment, None, [model, shape, *words]).models["m"]
+
+
+def new_step(
+    model: ModelConfig, network: Network, accelerator: Accelerator, term: type[LossTerm] | None = None
+) -> TrainStep:
+    """Return the step of a network's training. term: instead of focal loss."""
+    config, classes = model.train, np.ones(len(network.signature.diagnoses))
+    build = partial(build_optimizer, config=config.optim)
+    wrapped, prepared, optimizer = parallel.wrap(accelerator, network, build, False, False)
+    loss = CompoundLoss(config.loss, model.head, classes)
+    if term:
+        loss.terms["focal"] = term(config.loss, torch.from_numpy(classes))
+    return TrainStep(accelerator, wrapped.train(), prepared, loss, config, NonFiniteGuard(accelerator, optimizer))
+
+
+def take_steps(kind: str, *words: str, term: type[LossTerm] | None = None) -> CountOperations:
+    """Take two steps on fake tensors; return the operations of the second one."""
     batches = [f"train.global_batch={LESIONS}", f"train.micro_batch={LESIONS}", "train.precision=bf16"]
-    model = load(
-        Experiment, None,
-        [
-            f"models.m={{kind: {kind}, width: 32, heads: 2, dropout: 0.1}}", *batches,
-            f"models.m.tower={{source: 'timm:{tower}', image_size: 32, freeze_clinical: 3, drop_path: 0.1}}",
-            "models.m.tower.freeze_dermoscopic=3",
-            *settings,
-        ],
-    ).models["m"]  # fmt: skip
-    signature = milk10k_task().signature(("clinical/a", "dermoscopic/a"))
-    real, config = network_without_weights(model, signature)[0], model.train
-    accelerator = parallel.start_training(config)
+    model = settings(kind, *batches, "models.m.dropout=0.1", "models.m.tower.drop_path=0.1", *words)
+    real = network_without_weights(model, SIGNATURE)[0]
+    accelerator = parallel.start_training(model.train)
     accelerator.device_placement = False  # fake parameters cannot be moved
     random = np.random.default_rng(0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tensors = [*real.parameters(), *real.buffers()]
         network = copy.deepcopy(real, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
-        build = partial(build_optimizer, config=config.optim)
-        wrapped, prepared, optimizer = parallel.wrap(accelerator, network, build, False, False)
-        loss = CompoundLoss(config.loss, model.head, np.ones(len(signature.diagnoses)))
-        if term:
-            loss.terms["focal"] = term(config.loss, torch.ones(len(signature.diagnoses)))
-        step = TrainStep(accelerator, wrapped.train(), prepared, loss, config, NonFiniteGuard(accelerator, optimizer))
+        step = new_step(model, network, accelerator, term)
         batch = Batch(
             ["lesion"] * LESIONS, *example_inputs(network, LESIONS), torch.zeros(LESIONS, dtype=torch.long),
             torch.ones(LESIONS, dtype=torch.bool),
@@ -108,3 +117,26 @@ class Waiting(LossTerm):
 def test_a_step_that_reads_a_number_is_found() -> None:
     with pytest.raises(DataDependentOutputException):
         take_steps("dual_cnn", term=Waiting)
+
+
+@pytest.mark.parametrize("counts", [(4, 12), (12, 4)])
+def test_sums_of_the_step_before_are_scaled_to_the_batch(counts: tuple[int, int]) -> None:
+    """The same four lesions make both batches, once or three times, so that their sums are in proportion."""
+    words = ["train.global_batch=12", "train.micro_batch=6", "train.precision=fp32", "models.m.dropout=0"]
+    norms = {}
+    for option in ("exact", "previous"):
+        model = settings("trimodal", *words, "train.optim.lr=1e-30", f"train.loss.soft_f1_sums={option}")
+        torch.manual_seed(0)
+        network = network_without_weights(model, SIGNATURE)[0]
+        step, sums = new_step(model, network, parallel.start_training(model.train)), None
+        for number, count in enumerate(counts):
+            rows = torch.arange(12) % 4
+            photos = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))[rows]
+            inputs = photos, photos, *(each[rows] for each in example_inputs(network, 4)[2:])
+            whole = Batch([""] * 12, *inputs, labels=rows, valid=torch.arange(12) < count)
+            tensors = {name: value for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+            halves = [replace(whole, **{name: value[at : at + 6] for name, value in tensors.items()}) for at in (0, 6)]
+            result = step(Step(0, count, halves, np.arange(12)), number, sums)
+            sums = result.sums_of(12)
+        norms[option] = result.grad_norm.item()
+    assert norms["previous"] == pytest.approx(norms["exact"], rel=1e-4)

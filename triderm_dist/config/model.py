@@ -181,9 +181,7 @@ def mean_of_seeds(name: str) -> str:
 
 def seeds_of_models(models: Mapping[str, ModelConfig], names: Collection[str]) -> dict[str, list[str]]:
     """Return the trainings among `names` of each model of which several seeds are there, by the model's name."""
-    found = {
-        name: [each for each in seed_names(name, model.seeds) if each in names] for name, model in models.items()
-    }
+    found = {name: [each for each in seed_names(name, model.seeds) if each in names] for name, model in models.items()}
     return {name: seeds for name, seeds in found.items() if len(seeds) > 1}
 
 

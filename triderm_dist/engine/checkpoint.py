@@ -82,8 +82,8 @@ class TrainState:
 class Training:
     """A running training: everything that a checkpoint holds. `optimizer` is the plain one inside Accelerate's wrapper.
 
-    untrained: see `untrained_tensors`.  sums: the loss sums of the last step, which the next one may use
-    (train.loss.soft_f1_sums=previous).
+    untrained: see `untrained_tensors`.  sums: the loss sums of the last step, scaled to a whole global batch, which the
+    next step may use (train.loss.soft_f1_sums=previous).
     """
 
     wrapped: nn.Module

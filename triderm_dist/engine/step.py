@@ -32,13 +32,17 @@ class StepResult:
     count: int
     grad_norm: torch.Tensor
 
+    def sums_of(self, lesions: int) -> Sums:
+        """Scale the sums to a batch of `lesions`, since a padded batch has fewer."""
+        return _scaled(self.sums, lesions / self.count)
+
 
 @dataclass(frozen=True)
 class StepInputs:
     """Everything that differs between two optimizer steps of a training, except for the learning rates.
 
     keys: of the dropout masks of each micro-batch (`LesionMasks.draw`).  number: of the step, counted from 1.
-    previous: the loss sums of the step before, None if the loss does not use them.
+    previous: the loss sums of the step before, scaled to `count`; None if the loss does not use them.
     """
 
     micro_batches: list[Batch]
@@ -80,7 +84,8 @@ class TrainStep:
 
         The loss sums of the global batch must be known before the first backward pass. A single micro-batch takes them
         from its own forward pass, several from a first pass without gradients and with the same dropout. With
-        train.loss.soft_f1_sums=previous both use the sums of the step before (`previous`), where there was one.
+        train.loss.soft_f1_sums=previous both use the sums of the step before, where there was one.
+        previous: these sums, scaled to train.global_batch lesions.
         """
         sums, norm = self.compute(self.inputs(step, number, previous))
         return StepResult(sums, step.count, norm)
@@ -89,9 +94,10 @@ class TrainStep:
         """Return the inputs of a step, and register its lesions with the guard."""
         self.guard.remember(number + 1, step)
         ratios, option = {*self.loss.ratios}, self.config.loss.soft_f1_sums
-        uses_previous = bool(ratios and previous and option == "previous" and ratios <= {*previous})
+        uses_previous = previous and option == "previous" and ratios and ratios <= {*previous}
+        previous = _scaled(previous, step.count / self.config.global_batch) if previous and uses_previous else None
         keys = [self.masks.draw(batch) for batch in step.micro_batches]
-        return StepInputs(step.micro_batches, keys, step.count, number + 1, previous if uses_previous else None)
+        return StepInputs(step.micro_batches, keys, step.count, number + 1, previous)
 
     def compute(self, inputs: StepInputs) -> tuple[Sums, torch.Tensor]:
         """Compute a step from the forward pass to the update of the weights.
@@ -137,6 +143,10 @@ class TrainStep:
             with self.masks.using(keys):
                 local = _added(local, self._sums(forward(self.wrapped, batch), batch))
         return _all_reduced(local)
+
+
+def _scaled(sums: Sums, factor: float) -> Sums:
+    return sums if factor == 1 else {name: tensor * factor for name, tensor in sums.items()}
 
 
 def _added(total: Sums, part: Sums) -> Sums:

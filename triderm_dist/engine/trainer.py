@@ -229,7 +229,7 @@ class Trainer:
                     if mixing:
                         batch = replace(batch, micro_batches=[mixing(each) for each in batch.micro_batches])
                     result = self.step(batch, state.step, self.training.sums)
-                    self.training.advance(batch.number, result.sums)
+                    self.training.advance(batch.number, result.sums_of(self.config.global_batch))
                     if state.step % self.config.log_every == 0:
                         self._log(result, loader)
                     profile.step()

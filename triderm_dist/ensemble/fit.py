@@ -198,7 +198,9 @@ def _nested_estimate(
 
 
 def _fitting(table: OofTable, models: tuple[str, ...], config: Experiment) -> Fitting:
-    return Fitting(config.ensemble, config.seed, table.task.decision, list(seeds_of_models(config.models, models).values()))
+    return Fitting(
+        config.ensemble, config.seed, table.task.decision, list(seeds_of_models(config.models, models).values())
+    )
 
 
 def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:
