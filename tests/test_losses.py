@@ -214,6 +214,82 @@ def test_invalid_loss_terms_are_refused(terms, message, more_terms):
         CompoundLoss(LossConfig(terms=terms), "softmax", COUNTS)
 
 
+def cross_entropy(inputs):
+    return -(inputs.targets * inputs.logits.log_softmax(1)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("per_lesion", "value", "message"),
+    [
+        (
+            lambda inputs: cross_entropy(inputs).mean(),
+            None,
+            r"per_lesion returned shape \(\), not a tensor \(40,\) of the",
+        ),
+        (lambda inputs: cross_entropy(inputs)[:, None], None, r"returned shape \(40, 1\), not a tensor \(40,\) of the"),
+        (
+            lambda inputs: inputs.probabilities[1:],
+            lambda sums, count: sums.sum(),
+            r"\(39, 11\), not a tensor \(40, \.\.\.\)",
+        ),
+        (lambda inputs: 3.0, None, r"per_lesion returned float, not a tensor \(40,\) of the lesions"),
+        (
+            lambda inputs: inputs.probabilities,
+            lambda sums, count: sums / count,
+            "value must return a tensor without dim",
+        ),
+    ],
+)
+def test_wrong_shapes_of_a_term_are_refused(per_lesion, value, message, monkeypatch):
+    """Some of them would train with another loss without an error."""
+    methods = {"per_lesion": lambda self, inputs: per_lesion(inputs)}
+    if value:
+        methods["value"] = lambda self, sums, count: value(sums, count)
+    monkeypatch.setitem(LOSS_TERMS, "wrong", type("Wrong", (LossTerm,), methods))
+    loss = CompoundLoss(LossConfig(terms={"wrong": {"weight": 1}}), "softmax", COUNTS)
+    heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    with pytest.raises(ConfigError, match=rf"train\.loss\.terms\.wrong: .*{message}"):
+        step_of(loss, heads, random_batch(40, 4)[1], torch.ones(40, dtype=torch.bool), [40])
+
+
+@pytest.mark.parametrize("state", ["buffer", "attribute"])
+def test_term_that_changes_in_training_is_refused(state, monkeypatch):
+    class Counting(LossTerm):
+        def __init__(self, settings, class_counts):
+            super().__init__(settings, class_counts)
+            self.register_buffer("steps", torch.zeros(())) if state == "buffer" else setattr(self, "steps", 0)
+            self.count = True
+
+        def per_lesion(self, inputs):
+            if self.count:
+                self.steps += 1
+            return cross_entropy(inputs)
+
+    monkeypatch.setitem(LOSS_TERMS, "counting", Counting)
+    loss = CompoundLoss(LossConfig(terms={"counting": {"weight": 1}}), "softmax", COUNTS)
+    heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    loss.check_unchanged()
+    step_of(loss, heads, random_batch(40, 4)[1], torch.ones(40, dtype=torch.bool), [20, 20])
+    with pytest.raises(ConfigError, match=r"terms\.counting: changes its steps in training, which no checkpoint holds"):
+        loss.check_unchanged()
+
+
+def test_terms_that_cannot_be_trained_are_refused(monkeypatch):
+    class Scaled(LossTerm):
+        def __init__(self, settings, class_counts):
+            super().__init__(settings, class_counts)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+    for name, term, message in (
+        ("scaled", Scaled, "no optimizer trains its parameter scale; make it a buffer"),
+        ("function", cross_entropy, "holds no subclass of LossTerm under this name"),
+        ("module", torch.nn.CrossEntropyLoss, "holds no subclass of LossTerm under this name"),
+    ):
+        monkeypatch.setitem(LOSS_TERMS, name, term)
+        with pytest.raises(ConfigError, match=rf"train\.loss\.terms\.{name}: .*{message}"):
+            CompoundLoss(LossConfig(terms={name: {"weight": 1}}), "softmax", COUNTS)
+
+
 def test_loss_without_weights_is_refused():
     with pytest.raises(ConfigError, match=r"train\.loss: the weight of every term is 0"):
         CompoundLoss(LossConfig(focal_weight=0, soft_f1_weight=0), "softmax", COUNTS)

@@ -135,6 +135,9 @@ class LossTerm(nn.Module):
 
     A subclass that overrides `value` may be any differentiable function of sums over lesions, such as a ratio. Padding,
     weights of lesions, ranks and micro-batches are handled by `CompoundLoss`.
+
+    A term depends on the batch alone. It has no parameters, and its buffers and attributes keep the values of
+    `__init__`: how often it is called depends on the split of the batch, and no checkpoint holds it.
     """
 
     each_head: ClassVar[bool] = True
@@ -149,7 +152,9 @@ class LossTerm(nn.Module):
         self.settings = settings
 
     def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
-        """Return what is summed over lesions, (B, ...), with gradient; the shape (...) is the same in every batch."""
+        """Return what is summed over lesions, with gradient: (B,), or (B, ...) for a `value` of several sums, of the
+        same shape (...) in every batch.
+        """
         raise NotImplementedError
 
     def value(self, sums: torch.Tensor, count: Count) -> torch.Tensor:
@@ -252,6 +257,7 @@ class CompoundLoss(nn.Module):
             self.weights[name], self.terms[name] = term.weight, _build_term(name, term.settings, counts)
         if not any(self.weights.values()):
             raise ConfigError("train.loss: the weight of every term is 0; set one")
+        self._initial = {name: _state(self.terms[name]) for name in config.terms}
         for name, built in self._terms():
             if built.is_mean:
                 of_heads = torch.full((self._heads(built),), self.weights[name])
@@ -275,9 +281,20 @@ class CompoundLoss(nn.Module):
             LossInputs(self._adjusted(logits, batch), self.head, batch, targets, outputs) for logits in outputs.heads
         ]
         return {
-            name: torch.stack([_weighted_sum(term.per_lesion(each), batch) for each in inputs[: self._heads(term)]])
+            name: torch.stack([_weighted_sum(_rows(name, term, each), batch) for each in inputs[: self._heads(term)]])
             for name, term in self._terms()
         }
+
+    def check_unchanged(self) -> None:
+        """Raise ConfigError if a plugin's term has changed its own state. Waits for the device."""
+        for name, before in self._initial.items():
+            now = _state(self.terms[name])
+            for key in before:
+                if not _equal(before[key], now.get(key)):
+                    raise ConfigError(
+                        f"train.loss.terms.{name}: changes its {key} in training, which no checkpoint holds and which "
+                        "depends on how the batch is split; compute it from the batch alone"
+                    )
 
     @torch.enable_grad()
     def slopes(self, sums: Sums, count: Count) -> Sums:
@@ -288,7 +305,7 @@ class CompoundLoss(nn.Module):
                 found[name] = self.get_buffer(_mean_weights(name)) / count
                 continue
             found[name] = at[name] = sums[name].detach().requires_grad_()
-            main, *aux = self._of_heads(term, at[name], count)
+            main, *aux = self._of_heads(name, term, at[name], count)
             parts.append(self.weights[name] * (main + self.config.aux_weight * sum(aux)))
         if at:
             found |= zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True)
@@ -307,7 +324,9 @@ class CompoundLoss(nn.Module):
 
         sums, count: of the global batch. Waits for the device.
         """
-        numbers = {name: torch.stack(self._of_heads(term, sums[name], count)).tolist() for name, term in self._terms()}
+        numbers = {
+            name: torch.stack(self._of_heads(name, term, sums[name], count)).tolist() for name, term in self._terms()
+        }
         main = {name: values[0] for name, values in numbers.items()}
         aux = sum(self.weights[name] * sum(values[1:]) for name, values in numbers.items())
         loss = sum(self.weights[name] * value for name, value in main.items()) + self.config.aux_weight * aux
@@ -322,8 +341,11 @@ class CompoundLoss(nn.Module):
     def _heads(self, term: LossTerm) -> int:
         return self.heads if term.each_head else 1
 
-    def _of_heads(self, term: LossTerm, sums: torch.Tensor, count: Count) -> list[torch.Tensor]:
-        return [term.value(each, count) for each in sums.unbind(0)]
+    def _of_heads(self, name: str, term: LossTerm, sums: torch.Tensor, count: Count) -> list[torch.Tensor]:
+        values = [term.value(each, count) for each in sums.unbind(0)]
+        if any(not isinstance(value, torch.Tensor) or value.ndim for value in values):
+            raise ConfigError(f"train.loss.terms.{name}: value must return a tensor without dimensions, a scalar")
+        return values
 
     def _adjusted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Apply the logit adjustment of training, logits + tau log(prior) (Menon et al. 2021), and the class mask."""
@@ -344,10 +366,39 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
         known = ", ".join(sorted(LOSS_TERMS)) or "none"
         raise ConfigError(f"train.loss.terms: {name!r} is not a loss term; known: {known} (plugins may add others)")
     kind = LOSS_TERMS[name]
+    if not (isinstance(kind, type) and issubclass(kind, LossTerm)):
+        raise ConfigError(f"train.loss.terms.{name}: LOSS_TERMS holds no subclass of LossTerm under this name")
     try:
-        return kind(build(kind.Settings, settings), class_counts)
+        term = kind(build(kind.Settings, settings), class_counts)
     except ConfigError as error:
         raise ConfigError(f"train.loss.terms.{name}.settings: {error}") from None
+    if trained := next(term.named_parameters(), None):
+        raise ConfigError(
+            f"train.loss.terms.{name}: no optimizer trains its parameter {trained[0]}; make it a buffer, or train it "
+            "in a network"
+        )
+    return term
+
+
+def _state(term: nn.Module) -> dict[str, object]:
+    """Return what a term could change: copies of its buffers on the host, and its plain attributes."""
+    plain = {key: each for key, each in vars(term).items() if isinstance(each, int | float | str) and key != "training"}
+    return plain | {key: buffer.detach().cpu().clone() for key, buffer in term.named_buffers()}
+
+
+def _equal(one: object, other: object) -> bool:
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return torch.equal(one, other) if both else one == other  # type: ignore[arg-type]
+
+
+def _rows(name: str, term: LossTerm, inputs: LossInputs) -> torch.Tensor:
+    """Return `term.per_lesion`. Raises ConfigError for another shape."""
+    rows, lesions = term.per_lesion(inputs), len(inputs.logits)
+    if not isinstance(rows, torch.Tensor) or rows.shape[:1] != (lesions,) or (term.is_mean and rows.ndim > 1):
+        got = f"shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+        expected = f"({lesions},)" if term.is_mean else f"({lesions}, ...)"
+        raise ConfigError(f"train.loss.terms.{name}: per_lesion returned {got}, not a tensor {expected} of the lesions")
+    return rows
 
 
 def _weighted_sum(rows: torch.Tensor, batch: Batch) -> torch.Tensor:

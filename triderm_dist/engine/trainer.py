@@ -247,8 +247,13 @@ class Trainer:
 
     def save(self) -> None:
         """Start to write a checkpoint. Call on all ranks, between two steps."""
-        self.guard.check()
+        self._check()
         self.checkpoints.save(self.accelerator, self.training)
+
+    def _check(self) -> None:
+        """Raise InputError for a non-finite step, ConfigError for a loss term that is not a function of the batch."""
+        self.guard.check()
+        self.loss.check_unchanged()
 
     def _save_at_once(self) -> None:
         self.save()
@@ -277,7 +282,7 @@ class Trainer:
         write_text(self.folder.path / "optimizer.txt", self._groups + "\n")
 
     def _log(self, result: StepResult, loader: Loader) -> None:
-        self.guard.check()
+        self._check()
         state = self.training.state
         values = self.loss.values(result.sums, result.count)
         values |= {"lr": float(self.training.scheduler.get_last_lr()[0]), "grad_norm": float(result.grad_norm)}
@@ -287,7 +292,7 @@ class Trainer:
 
     def _end_epoch(self, stop: Stop) -> dict[str, float]:
         """Validate if it is due, and save the weights if they are selected. Returns the scores, {} if not validated."""
-        self.guard.check()
+        self._check()
         if self.expectation and self._speed:
             self.accelerator.print(wrapped(f"{self.name}: {self.expectation.compare(*self._speed)}"), flush=True)
             self.expectation = None  # print it once
