@@ -14,6 +14,7 @@ from triderm_dist.config import ModelConfig, OptimConfig
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.optim import (
+    OPTIMIZERS,
     build_optimizer,
     build_scheduler,
     check_names,
@@ -137,6 +138,49 @@ def test_optimizer_table_and_error_without_parameters() -> None:
 def test_settings_that_fail_when_built_or_in_the_first_step_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"train\.optim\.settings: {message}"):
         check_names(OptimConfig(settings=settings))
+
+
+class Descent(torch.optim.Optimizer):
+    """Gradient descent, which keeps a number or a tensor of its own in `place`."""
+
+    def __init__(self, groups: list, lr: float, place: str) -> None:
+        super().__init__(groups, {"lr": lr, "scale": torch.ones(2)})
+        self.place, self.steps = place, 0
+
+    def step(self, closure: object = None) -> None:
+        match self.place:
+            case "state":
+                self.state["all"] = {"steps": 1}
+            case "attribute":
+                self.steps += 1
+            case "tensor":
+                self.param_groups[0]["scale"].mul_(0.5)
+            case "mode":
+                raise Exception("Optimizer was not in train mode")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("state", r"train.optim.name: descent changes state\['all'\] in a step, which no checkpoint holds; keep it in"),
+        ("attribute", "train.optim.name: descent changes the attribute steps in a step, which no checkpoint holds"),
+        ("tensor", "train.optim.name: descent changes the tensor scale of its groups in a step, which no checkpoint"),
+        ("mode", "train.optim.settings: descent: Optimizer was not in train mode"),
+    ],
+)
+def test_optimizers_that_no_checkpoint_holds_are_refused(
+    place: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "descent", Descent)
+    check_names(OptimConfig(name="descent", settings={"place": ""}))
+    with pytest.raises(ConfigError, match=message):
+        check_names(OptimConfig(name="descent", settings={"place": place}))
+
+
+def test_functions_that_build_no_optimizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "nothing", lambda groups, lr: None)
+    with pytest.raises(ConfigError, match=r"train\.optim\.name: nothing builds no torch\.optim\.Optimizer"):
+        check_names(OptimConfig(name="nothing"))
 
 
 def test_lr_factor_values() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -160,9 +161,12 @@ def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
     if misplaced := sorted({"lr", "weight_decay"} & set(config.settings)):
         raise ConfigError(f"train.optim.settings: set {misplaced[0]} as train.optim.{misplaced[0]}")
     try:
-        return OPTIMIZERS[config.name](groups, lr=config.lr, **config.settings)
+        optimizer = OPTIMIZERS[config.name](groups, lr=config.lr, **config.settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"train.optim.settings: {config.name}: {one_line(error)}") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"train.optim.name: {config.name} builds no torch.optim.Optimizer")
+    return optimizer
 
 
 def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
@@ -172,15 +176,49 @@ def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
 
 
 def check_names(config: OptimConfig) -> None:
-    """Raise ConfigError for an unknown optimizer or schedule, or settings that the optimizer does not take."""
+    """Raise ConfigError for an unknown optimizer or schedule, settings that the optimizer does not take, or an
+    optimizer that a checkpoint cannot hold.
+    """
     parameter = nn.Parameter(torch.zeros(8, 8))
     optimizer = _new_optimizer([{"params": [parameter], "weight_decay": 0.0}], config)
     _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
     parameter.grad = torch.zeros_like(parameter)
+    attributes, tensors = _numbers(vars(optimizer)), copy.deepcopy(_tensors(optimizer.param_groups[0]))
     try:
         optimizer.step()  # some settings fail here only
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # an optimizer of a plugin may raise any type
         raise ConfigError(f"train.optim.settings: {config.name}: {one_line(error, 200)}") from None
+    lost = [
+        *(f"state[{key!r}]" for key in optimizer.state if key is not parameter),
+        *(f"the attribute {key}" for key, value in _numbers(vars(optimizer)).items() if value != attributes.get(key)),
+        *(
+            f"the tensor {key} of its groups"
+            for key, value in _tensors(optimizer.param_groups[0]).items()
+            if not torch.equal(value, tensors[key])
+        ),
+    ]
+    if lost:
+        raise ConfigError(
+            f"train.optim.name: {config.name} changes {lost[0]} in a step, which no checkpoint holds; keep it in the "
+            "state of each parameter, or as a number in the groups"
+        )
+
+
+def is_plain(value: object) -> bool:
+    """Return whether state.json holds a value of an optimizer's state or groups."""
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, int | float | str | None)
+
+
+def _tensors(group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a parameter group."""
+    return {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
+
+
+def _numbers(attributes: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers among attributes; PyTorch's optimizers note in a bool that they have checked parameters."""
+    return {key: value for key, value in attributes.items() if type(value) in (int, float)}
 
 
 def state_size(config: OptimConfig) -> float:

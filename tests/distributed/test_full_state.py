@@ -13,22 +13,39 @@ from triderm_dist.schema import CheckpointError, ConfigError
 
 
 class Nested(torch.optim.Optimizer):
-    """Keeps lists and numbers in its state, and an entry in its groups, as Shampoo and Prodigy do."""
+    """Keeps lists and numbers in its state, and changes entries of its groups, as Shampoo and Prodigy do."""
 
     def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr, "seen": 0})
+        super().__init__(params, {"lr": lr, "seen": 0, "betas": (0.5, 0.9)})
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             group["seen"] += 1
+            group["betas"] = (group["betas"][0] * 0.9, group["betas"][1])
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state.update(factors=[torch.ones(p.shape[0]), torch.ones(1)], calls=0, name=None)
                 state["calls"] += 1
                 state["factors"][0].add_(p.grad.reshape(len(p), -1).sum(1))
-                p.sub_(group["lr"] / (1 + group["seen"]) * (p.grad + state["factors"][0].mean() * state["calls"]))
+                step = p.grad + group["betas"][0] * state["factors"][0].mean() * state["calls"]
+                p.sub_(group["lr"] / (1 + group["seen"]) * step)
+
+
+class Lookahead(torch.optim.SGD):
+    """Creates its slow weights in the second step (Zhang et al. 2019)."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["calls"] = state.get("calls", 0) + 1
+                if state["calls"] % 2 == 0:
+                    state.setdefault("slow", p.clone()).lerp_(p, 0.5)
+                    p.copy_(state["slow"])
 
 
 OPTIMIZERS = {
@@ -39,6 +56,7 @@ OPTIMIZERS = {
     "adafactor": torch.optim.Adafactor,
     "rmsprop": partial(torch.optim.RMSprop, centered=True, momentum=0.5),
     "nested": Nested,
+    "lookahead": Lookahead,
 }
 
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from triderm_dist.distributed.collectives import is_main
 from triderm_dist.distributed.parallel import strategy_of, unwrap
+from triderm_dist.optim import is_plain
 from triderm_dist.schema import CheckpointError, ConfigError
 
 Tensors = dict[str, torch.Tensor]
@@ -184,13 +185,9 @@ def full_optimizer_state(
 
 
 def group_entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the plain entries of each parameter group, without those that the scheduler sets."""
+    """Return the plain entries of each parameter group, such as `betas`, without those that the scheduler sets."""
     return [
-        {
-            key: value
-            for key, value in group.items()
-            if key not in ("lr", "initial_lr") and isinstance(value, int | float | str | None)
-        }
+        {key: value for key, value in group.items() if key not in ("lr", "initial_lr") and is_plain(value)}
         for group in optimizer.param_groups
     ]
 
@@ -224,14 +221,26 @@ def load_optimizer_state(
         if not known:
             del optimizer.state[parameter]  # it had no gradient yet
             continue
-        if different := known ^ {key for key, _ in _leaves(fresh)}:
+        created = {key for key, _ in _leaves(fresh)}
+        later = {key: everything[f"{key}/{name}"] for key in known - created}
+        if created - known or not all(_is_later(key, value, parameter) for key, value in later.items()):
             raise CheckpointError(
                 f"{name}: {type(optimizer).__name__} and the checkpoint differ in the optimizer state "
-                f"{', '.join(sorted(different))}; resume with the optimizer that saved it, or set another output"
+                f"{', '.join(sorted(known ^ created))}; resume with the optimizer that saved it, or set another output"
             )
-        optimizer.state[parameter] = _restored(fresh, name, everything)
+        optimizer.state[parameter] = _restored(fresh, name, everything) | {
+            key: local_shard(value, torch.empty_like(parameter, dtype=value.dtype)) for key, value in later.items()
+        }
     for group, entries in zip(optimizer.param_groups, saved.groups or [{}] * len(optimizer.param_groups), strict=True):
-        group.update(entries)
+        for key, value in entries.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value  # JSON has lists
+
+
+def _is_later(key: str, value: Any, parameter: torch.Tensor) -> bool:
+    """Return whether a part of the state may be one that the optimizer creates after its first step, such as the slow
+    weights of Lookahead.
+    """
+    return "." not in key and isinstance(value, torch.Tensor) and value.shape == parameter.shape
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
