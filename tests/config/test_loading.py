@@ -115,20 +115,23 @@ def test_fold_of_a_further_seed_belongs_to_its_run(tmp_path):
 
 def test_plugins_are_imported_before_settings_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_table.py").write_text("LOADED = []\nLOADED.append(1)\n")
+    (tmp_path / "my_table.py").write_text("import sys\nsys.loaded_plugins.append(__file__)\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "my_table.py").write_text("import sys\nsys.loaded_plugins.append('other')\n")
+    monkeypatch.setattr(sys, "loaded_plugins", loaded := [], raising=False)
     config = load(Experiment, None, ["plugins=[my_table.py]"])
     assert config.plugins == (str(tmp_path / "my_table.py"),)
-    load(Experiment, None, ["plugins=[my_table.py]"])
-    assert sys.modules.pop("triderm_plugin_my_table").LOADED == [1]
+    load(Experiment, None, ["plugins=[my_table.py, other/my_table.py]"])
+    assert loaded == [str(tmp_path / "my_table.py"), "other"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "FileNotFoundError"), ("1 / 0", "broken.py: ZeroDivisionError: division by zero")],
+    [(None, "FileNotFoundError"), ("1 / 0", "broken.py, line 1: ZeroDivisionError: division by zero")],
 )
 def test_failing_plugin_import_gives_one_line(text, message, tmp_path):
     if text:
         (tmp_path / "broken.py").write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:
         load(Experiment, None, [f"plugins=[{tmp_path}/broken.py]"])
-    assert "\n" not in str(raised.value) and "triderm_plugin_broken" not in sys.modules
+    assert "\n" not in str(raised.value) and not any("plugin_broken" in name for name in sys.modules)

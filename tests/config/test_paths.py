@@ -35,8 +35,9 @@ def test_run_means_its_folder_from_any_working_directory(saved_run, tmp_path, mo
 def test_plugin_in_the_run_moves_with_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "my_plugin.py").write_text("LOADED = 1\n")
+    (tmp_path / "one" / "my_plugin.py").write_text("import sys\nsys.loaded_plugins.append(__file__)\n")
+    monkeypatch.setattr(sys, "loaded_plugins", loaded := [], raising=False)
     save(load(Experiment, None, ["output=one", "plugins=[one/my_plugin.py, json]"]), Path("one/config.yaml"))
     (tmp_path / "one").rename(tmp_path / "two")
     assert load(Experiment, None, ["run=two"]).plugins == (f"{tmp_path}/two/my_plugin.py", "json")
-    assert sys.modules.pop("triderm_plugin_my_plugin").LOADED == 1
+    assert loaded == [f"{tmp_path}/{run}/my_plugin.py" for run in ("one", "two")]

@@ -174,7 +174,8 @@ def test_fold_process_imports_plugins(packed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"data.shards={packed}", f"output={tmp_path}", "plugins=[my_optimizer.py]"]
     experiment = load(Experiment, None, words)
-    monkeypatch.delitem(sys.modules, "triderm_plugin_my_optimizer", raising=False)
+    for name in [name for name in sys.modules if "plugin_my_optimizer" in name]:
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "imported").unlink()
     prepare_folds(str(tmp_path), experiment, 1, [])
     assert (tmp_path / "imported").exists()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, TypeVar
 
 from triderm_dist.config.experiment import Experiment, Extensible, RunReader
@@ -69,7 +71,7 @@ def import_plugins(names: Any) -> None:
     names = typed(names, Extensible.model_fields["plugins"].annotation)
     for name in names if isinstance(names, list | tuple) else ():
         path = Path(str(name)).expanduser().absolute()
-        module = f"triderm_plugin_{path.stem}" if path.suffix == ".py" else str(name)
+        module = _plugin_module(path) if path.suffix == ".py" else str(name)
         if module in sys.modules:
             continue
         try:
@@ -82,7 +84,14 @@ def import_plugins(names: Any) -> None:
             spec.loader.exec_module(sys.modules[module])
         except Exception as error:  # a user's file may raise any type
             sys.modules.pop(module, None)
-            raise ConfigError(f"plugins: {name}: {one_line(error, with_type=True)}") from error
+            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
+            where = f"{name}, line {lines[-1]}" if lines else name
+            raise ConfigError(f"plugins: {where}: {one_line(error, with_type=True)}") from error
+
+
+def _plugin_module(path: Path) -> str:
+    """Return the name under which the file of a plugin is imported: files of two folders may have one name."""
+    return f"triderm_plugin_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
