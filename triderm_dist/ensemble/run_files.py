@@ -33,7 +33,9 @@ HELD_OUT_FILE = "heldout.json"
 STACKER = "stack"
 """The stacker's name among the members of an ensemble; the other members are networks."""
 MEAN, FITTED = "mean", "fitted"
-"""Weightings of the members: the plain mean, and fitted weights. A single member has its own name as weighting."""
+"""Weightings of the members: the plain mean, and fitted weights. Where a single member or the mean of a model's seeds
+predicts, the weighting has its name.
+"""
 CHOSEN = "chosen"
 """The weighting that predicts, chosen on the other folds, which the nested estimate scores."""
 ENSEMBLE = "ensemble"
