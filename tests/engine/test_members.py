@@ -23,7 +23,7 @@ from triderm_dist.engine.extra_sets import prepare_trainings
 from triderm_dist.engine.fold import assigned_folds, is_fold_finished
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
-from triderm_dist.ensemble.predict import predict_ensemble
+from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.inference.export import export_run
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run_folder import open_run_folder
@@ -129,7 +129,7 @@ def test_photos_are_predicted_as_a_packed_test_set_is(run: Path) -> None:
     index = open_index(experiment.train_shards, experiment.data.remote)
     predict_test(experiment, index, NAMES)
     parts = [read_predictions(path) for path in sorted(run.glob("mlp*/fold-*/test.parquet"))]
-    expected = predict_ensemble(run, average_test(parts), parts)
+    expected = FittedEnsemble.load(run).predict(average_test(parts), parts)[0]
     photos = PhotoSet(
         opened.task, opened.concepts,
         {view: [f"{run.parent}/shards-photos/{name}-{view}.jpg" for name in index.lesion_ids] for view in VIEWS},

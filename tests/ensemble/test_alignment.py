@@ -9,7 +9,7 @@ from tests.synthetic_run import FOLDS, MODELS, labels_of, write_run
 from triderm_dist import metrics
 from triderm_dist.ensemble.alignment import fit_alignments, load_alignments, save_alignments
 from triderm_dist.ensemble.fit import fit_ensemble
-from triderm_dist.ensemble.predict import predict_ensemble
+from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.stack_inputs import embeddings_path, write_embeddings
 from triderm_dist.predictions import (
     DataSplit,
@@ -89,11 +89,11 @@ def test_extra_columns_that_improve_the_score_are_used_on_a_test_set(tmp_path: P
     assert scores["stack"] > 0.6 > 0.25 > scores["trimodal"]
     parts = parts_of(tmp_path)
     table = average_test(parts)
-    decisions = predict_ensemble(tmp_path, table, parts).decisions
+    decisions = FittedEnsemble.load(tmp_path).predict(table, parts)[0].decisions
     assert metrics.macro_f1(decisions, table.labels) > scores["ensemble"] - 0.1
     other = [replace(part, model_hash=np.array("another")) for part in parts]
     with pytest.raises(DataError, match="was fitted on other weights"):
-        predict_ensemble(tmp_path, table, other)
+        FittedEnsemble.load(tmp_path).predict(table, other)
     fit_ensemble(tmp_path, experiment(tmp_path, max_rounds=3))  # without extra columns, their old files are removed
     assert not (tmp_path / "turns.safetensors").exists() and not (tmp_path / "stack.safetensors").exists()
 

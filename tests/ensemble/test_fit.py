@@ -15,7 +15,7 @@ from triderm_dist.checksums import read_checked_json, read_checked_parquet, writ
 from triderm_dist.ensemble import calibration, predict
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
-from triderm_dist.ensemble.predict import predict_ensemble, score, write_test_results
+from triderm_dist.ensemble.predict import FittedEnsemble, score, write_test_results
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.intervals import Interval
@@ -61,10 +61,10 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
     np.testing.assert_array_equal(nested.decisions, table > 0.5)
 
     tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
-    on_test = metrics.macro_f1(predict_ensemble(tmp_path, tests).decisions, tests.labels)
+    on_test = metrics.macro_f1(FittedEnsemble.load(tmp_path).predict(tests)[0].decisions, tests.labels)
     assert on_test > score - 0.1  # the mean of three fold models is at least as good as one
     with pytest.raises(DataError, match="needs predictions of model 'dual_cnn'"):
-        predict_ensemble(tmp_path, replace(tests, models=("trimodal",)))
+        FittedEnsemble.load(tmp_path).predict(replace(tests, models=("trimodal",)))
 
 
 def test_the_mean_of_a_models_seeds_predicts_alone_unless_the_ensemble_is_better(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_mean_of_a_models_seeds_predicts_alone_unless_the_ensemble_is_better
     ensemble = Ensemble.load(tmp_path / "ensemble.json")
     assert ensemble.members == ("trimodal", "trimodal-s1") and ensemble.weights.tolist() == [0.5, 0.5]
     tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
-    assert metrics.macro_f1(predict_ensemble(tmp_path, tests).decisions, tests.labels) > 0.5
+    assert metrics.macro_f1(FittedEnsemble.load(tmp_path).predict(tests)[0].decisions, tests.labels) > 0.5
 
     write_run(tmp_path / "both", 150, models=("trimodal", "trimodal-s1", "dual_cnn"))
     config = config.model_copy(update={"ensemble": config.ensemble.model_copy(update={"use": "trimodal-seeds"})})
@@ -100,7 +100,7 @@ def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     assert rows["ensemble"]["nested"] == rows["trimodal"]["nested"]
     assert rows["trimodal"]["chosen_minus_this"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("trimodal/fold-*/test.parquet")))
-    results = predict_ensemble(tmp_path, tests)  # without predictions of dual_cnn
+    results = FittedEnsemble.load(tmp_path).predict(tests)[0]  # without predictions of dual_cnn
     expected = calibration.member_probabilities(tests, "trimodal", alone.temperatures[0])
     np.testing.assert_allclose(results.probabilities, expected, atol=1e-12)
     for use in ("other", "stack"):  # there is no stacker
@@ -228,7 +228,7 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     assert [path.name for path in paths] == ["probabilities.csv", "decisions.csv"]
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7, classes=4))}
     tests = average_test(read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet")))
-    results = predict_ensemble(folder, tests)
+    results = FittedEnsemble.load(folder).predict(tests)[0]
     ids, written = submission.read_submission(paths[0], table.diagnoses)
     order = [results.lesion_ids.index(lesion) for lesion in ids]
     np.testing.assert_allclose(written, results.probabilities[order], atol=1e-9)
@@ -280,17 +280,17 @@ def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fi
         assert json.loads((folder / name).read_text())["task"] == replace(CLINIC, decision=fit.decision).to_mapping()
     # A test folder may be described with other columns, and a report with other titles.
     renamed = replace(tests.task, title="", columns=TaskColumns(image="photo"), reference_results=())
-    predict_ensemble(folder, replace(tests, task=renamed))
+    FittedEnsemble.load(folder).predict(replace(tests, task=renamed))
     smoker = replace(tests.task.fields[2], categories=("no", "yes"))
     for other, message in (
         (replace(tests.task, name="other"), "was fitted for task 'clinic', the predictions are for 'other'"),
         (replace(tests.task, fields=(*tests.task.fields[:2], smoker)), "are for 'clinic', described differently"),
     ):
         with pytest.raises(DataError, match=rf"ensemble\.json: .*{message}; run triderm stack again"):
-            predict_ensemble(folder, replace(tests, task=other))
+            FittedEnsemble.load(folder).predict(replace(tests, task=other))
     shutil.copy(folder / "ensemble.json", tmp_path)
     stack = read_checked_json(folder / "stack.json")
     del stack["task"]  # of a run from before there were other tasks
     write_checked_json(tmp_path / "stack.json", stack)
     with pytest.raises(DataError, match=r"stack\.json: was fitted for task 'milk10k'"):
-        predict_ensemble(tmp_path, tests)
+        FittedEnsemble.load(tmp_path).predict(tests)

@@ -23,7 +23,7 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
 from triderm_dist.ensemble.fitted_stacker import fit_stacker
-from triderm_dist.ensemble.predict import predict_ensemble
+from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, OOF_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
@@ -84,7 +84,7 @@ def photos_of(folder: Path) -> PhotoSet:
 def check(folder: Path, predictor: Predictor) -> None:
     """Compare with what each network predicted of the packed test set."""
     parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
-    expected, photos = predict_ensemble(folder, average_test(parts), parts), photos_of(folder)
+    expected, photos = FittedEnsemble.load(folder).predict(average_test(parts), parts)[0], photos_of(folder)
     rows = [list(expected.lesion_ids).index(lesion) for lesion in photos.lesion_ids]
     predictions = predictor.predict(photos, 8)
     assert list(predictions.results.lesion_ids) == photos.lesion_ids.tolist()

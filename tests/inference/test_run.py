@@ -29,7 +29,7 @@ from triderm_dist.config import load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.engine.network_files import save_weights
-from triderm_dist.ensemble.predict import predict_ensemble
+from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.inference.run import Run
 from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.predictions import average_test, read_predictions
@@ -63,7 +63,7 @@ def test_predictions_equal_those_of_the_program(trained_run, run, tmp_path):
     pack_shards(dataset, tmp_path / "test", short_side=None)
     predict(load(PredictRun, None, [f"run={folder}", f"data.test_shards={tmp_path / 'test'}", "submit=false"]))
     parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
-    expected = predict_ensemble(folder, average_test(parts), parts)
+    expected = FittedEnsemble.load(folder).predict(average_test(parts), parts)[0]
     assert len(expected.lesion_ids) == 10
     for lesion in dataset.lesions:
         row = list(expected.lesion_ids).index(lesion.lesion_id)

@@ -225,11 +225,6 @@ class FittedEnsemble:
         return Results(ids, self.ensemble.combine(members), self.ensemble.decide(members)), np.stack(members)
 
 
-def predict_ensemble(run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()) -> Results:
-    """Return the results for a test set by the ensemble of a run (see `FittedEnsemble`)."""
-    return FittedEnsemble.load(Path(run_folder)).predict(table, parts)[0]
-
-
 def check_ensemble_task(run_folder: Path, task: Task) -> None:
     """Check that ensemble.json, and stack.json if there is one, were fitted for this task; raise DataError if not."""
     fitted = {ENSEMBLE_FILE: read_task(run_folder / ENSEMBLE_FILE)}
