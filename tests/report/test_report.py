@@ -209,7 +209,7 @@ def test_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
         shutil.copy(run / name, tmp_path / name)
     text = page_of(Content(tmp_path), tmp_path).text  # without curves, stacker, settings or held-out score
-    assert "Learning curves" not in text and "Settings" not in text and "held-out test set" not in text
+    assert "Training curves" not in text and "Settings" not in text and "held-out test set" not in text
     assert "test set of 479 lesions like these" in text
 
 

@@ -1,4 +1,4 @@
-"""Scores of parts of the lesions, their gaps, and the correction for many comparisons."""
+"""Scores of subgroups, their gaps, and the correction for many comparisons."""
 
 from dataclasses import replace
 

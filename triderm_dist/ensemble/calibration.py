@@ -15,7 +15,7 @@ from triderm_dist.predictions import OofTable
 from triderm_dist.schema import ConfigError
 
 TAUS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-"""Strengths of logit adjustment that `fit_tau` tries."""
+"""Strengths of logit adjustment that are tried."""
 
 
 def log_probabilities(logits: np.ndarray, head: str) -> np.ndarray:
@@ -86,7 +86,7 @@ def adjust_logits(logits: np.ndarray, prior: np.ndarray, tau: float) -> np.ndarr
     return np.asarray(logits) - tau * np.log(prior)
 
 
-def fit_tau(logits: np.ndarray, labels: np.ndarray, prior: np.ndarray, taus: Sequence[float] = TAUS) -> float:
-    """Return the smallest of `taus` with the best argmax macro F1. Network and prior must not have seen the rows."""
-    scores = [metrics.argmax_macro_f1(adjust_logits(logits, prior, tau), labels) for tau in taus]
-    return float(taus[int(np.argmax(scores))])
+def fit_tau(logits: np.ndarray, labels: np.ndarray, prior: np.ndarray) -> float:
+    """Return the smallest of `TAUS` with the best argmax macro F1. Network and prior must not have seen the rows."""
+    scores = [metrics.argmax_macro_f1(adjust_logits(logits, prior, tau), labels) for tau in TAUS]
+    return float(TAUS[int(np.argmax(scores))])

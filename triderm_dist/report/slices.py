@@ -1,4 +1,4 @@
-"""Performance on parts of the lesions (slices): scores, gaps to the other lesions, and which gaps exceed the noise.
+"""Performance on subgroups of lesions (slices): scores, gaps to the other lesions, and which gaps exceed the noise.
 
 Shapes: N lesions, C diagnoses, n lesions of one side of a slice (inside or outside).
 

@@ -7,8 +7,8 @@ arrays; the section only names tables, figures and sentences. To add one:
 1. Write `sections/NAME.py`, and add its function to `SECTIONS`.
 2. Without a template, the section is `values["text"]`, its tables and its figures (`templates/section.html`). For
    another order or more text, write `templates/NAME.html`: it starts with `{% import "macros.html" as ui %}` and uses
-   `ui.table(tables.NAME)`, `ui.figure(figures.NAME)`, `ui.card(label, note)` and, for each number in a sentence,
-   `ui.quote(tables.NAME, row, column)`, which writes the cell as the table shows it.
+   `ui.table(tables.NAME)`, `ui.figure(figures.NAME)` and, for each number in a sentence, `ui.quote(tables.NAME, row,
+   column)`, which writes the cell as the table shows it.
 
     def duration(content: Content) -> Section | None:
         hours = Column("hours", "hours", ".1f")

@@ -23,7 +23,7 @@ def operating_points(content: Content) -> Section | None:
         Column("threshold", "for new lesions", ".3g"),
         Column("lowest", "lowest of the folds", ".3g"),
         Column("highest", "highest", ".3g"),
-        Column("called", "lesions called"),
+        Column("called", "called positive"),
         Column("missed", "positives missed"),
     ]
     rows, thresholds = [], []

@@ -11,7 +11,7 @@ from triderm_dist.report.discrimination import PREVALENCES, SENSITIVITIES, Opera
 from triderm_dist.report.elements import Column, Figure, Row, Section, Table
 from triderm_dist.report.style import GRAY, PALETTE, WIDE, panels, panels_height
 
-HERE = "as here"
+HERE = "in this data set"
 CURVE = np.geomspace(0.005, 0.6, 40)
 """Prevalences of the curves."""
 

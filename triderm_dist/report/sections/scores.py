@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from triderm_dist import intervals
 from triderm_dist.ensemble.run_files import ENSEMBLE
 from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
 from triderm_dist.intervals import Interval
@@ -48,10 +49,15 @@ def scores(content: Content) -> Section:
 
 
 def _pairs(content: Content) -> list[Table]:
-    rows = []
-    for pair in content.fit["pairs"]:
-        difference = Interval(**pair["difference"])
-        verdict = Flag("significant") if difference.excludes_zero else Flag("not significant", strong=False)
-        rows.append(Row(f"{pair['first']} minus {pair['second']}", (difference, verdict)))
+    pairs = content.fit["pairs"]
+    differences = [Interval(**pair["difference"]) for pair in pairs]
+    rows = [
+        Row(
+            f"{pair['first']} minus {pair['second']}",
+            (difference, Flag("beyond the noise") if beyond else Flag("within the noise", strong=False)),
+        )
+        for pair, difference, beyond in zip(pairs, differences, intervals.beyond_noise(differences), strict=True)
+    ]
     columns = [Column("nested", "nested macro F1", "+.3f"), Column("verdict", "verdict")]
-    return [Table("pairs", "Paired differences between members", columns, rows, head="members")] if rows else []
+    caption = "Paired differences between members; verdicts are corrected for their number (Holm), intervals are not"
+    return [Table("pairs", caption, columns, rows, head="members")] if rows else []

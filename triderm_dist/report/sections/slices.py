@@ -1,4 +1,4 @@
-"""Scores on parts of the lesions, and whether their gaps to the other lesions exceed the noise."""
+"""Scores of subgroups of lesions, and whether their gaps to the other lesions exceed the noise."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def slices(content: Content) -> Section | None:
         "photos_known": content.photos is not None,
     }
     tables = [
-        Table("slice_gaps", "Gaps to all other lesions, with 95% intervals", gaps, rows("gap", True), "part"),
-        Table("slice_scores", "Scores of these lesions, with 95% intervals", scores, rows("score"), "part"),
-        Table("slice_p", "p-values of the gaps, adjusted by Holm's method", adjusted, rows("adjusted"), "part"),
+        Table("slice_gaps", "Gaps to all other lesions, with 95% intervals", gaps, rows("gap", True), "subgroup"),
+        Table("slice_scores", "Scores of the subgroups, with 95% intervals", scores, rows("score"), "subgroup"),
+        Table("slice_p", "p-values of the gaps, adjusted by Holm's method", adjusted, rows("adjusted"), "subgroup"),
     ]
-    return Section("Parts of the lesions", "slices.html", tables=tables, values=values)
+    return Section("Subgroups", "slices.html", tables=tables, values=values)
 
 
 def _verdict(scores: list[SliceScore]) -> Flag:

@@ -35,7 +35,7 @@ def training_curves(content: Content) -> Section | None:
 
     size = WIDE, 2.9 * len(content.training_curves)
     alt = f"Training loss and validation macro F1 over epochs, by fold: {'; '.join(_ends(content))}."
-    return Section("Learning curves", figures=[Figure("learning_curves", draw, alt, "One line per fold.", size)])
+    return Section("Training curves", figures=[Figure("learning_curves", draw, alt, "One line per fold.", size)])
 
 
 def _ends(content: Content) -> list[str]:
