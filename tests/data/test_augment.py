@@ -177,6 +177,31 @@ def test_unknown_augmentation_or_setting_is_refused(extra, message, monkeypatch)
         PhotoTransform(16, AugmentConfig(extra=extra))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda pixels: pixels[:, :, ::2],
+            r"returned torch.float32 \(8, 3, 8, 16\), not torch.float32 \(8, 3, 16, 16\)",
+        ),
+        (lambda pixels: pixels.double(), r"returned torch.float64 \(8, 3, 16, 16\), not torch.float32"),
+        (lambda pixels: None, r"returned NoneType, not torch.float32"),
+    ],
+)
+def test_augmentation_that_returns_other_crops_is_refused(call, message, monkeypatch):
+    class Wrong(Augmentation):
+        def __call__(self, pixels, rng):
+            return call(pixels)
+
+    monkeypatch.setitem(AUGMENTATIONS, "wrong", Wrong)
+    transform = PhotoTransform(16, AugmentConfig(extra={"wrong": {}}))
+    with pytest.raises(ConfigError, match=rf"train\.augment\.extra\.wrong: {message}"):
+        transform(photos(), "clinical", LesionRng(0, 1, KEYS[:8], COPIES[:8]))
+    monkeypatch.setitem(AUGMENTATIONS, "wrong", torch.nn.Identity)
+    with pytest.raises(ConfigError, match="wrong: AUGMENTATIONS holds no subclass of Augmentation"):
+        PhotoTransform(16, AugmentConfig(extra={"wrong": {}}))
+
+
 def test_dihedral_transforms_are_eight_rotations_and_flips():
     x = torch.arange(9.0).view(1, 1, 3, 3)
     images = [dihedral(x, k) for k in range(8)]

@@ -112,6 +112,36 @@ def test_unknown_kinds_and_settings_are_refused(prior: StackConfig) -> None:
             stacker_kind(prior.model_copy(update=change))
 
 
+def test_entries_that_are_no_stacker_are_refused(monkeypatch) -> None:
+    for entry, message in (
+        (dict, r"stack\.kind: 'other' of STACKERS is no subclass of Stacker"),
+        (type("Other", (PriorStacker,), {"suffix": ".json"}), r"'other' has the suffix \.json, which is in use"),
+    ):
+        monkeypatch.setitem(STACKERS, "other", entry)
+        with pytest.raises(ConfigError, match=message):
+            stacker_kind(StackConfig(kind="other"))
+
+
+@pytest.mark.parametrize(
+    ("predict", "message"),
+    [
+        (lambda table: table[:, 0], r"the stacker other predicted shape \(\d+,\), not \(\d+, 11\)"),
+        (
+            lambda table: table * np.nan,
+            "the stacker other predicted probabilities that are negative, not finite, or all",
+        ),
+        (lambda table: table * 0, "the stacker other predicted probabilities that are negative, not finite, or all 0"),
+        (lambda table: table - 1e9, "the stacker other predicted probabilities that are negative, not finite, or all"),
+    ],
+)
+def test_predictions_that_are_no_probabilities_are_refused(table: OofTable, monkeypatch, predict, message) -> None:
+    methods = {"predict": lambda self, columns: predict(PriorStacker.predict(self, columns))}
+    monkeypatch.setitem(STACKERS, "other", type("Other", (PriorStacker,), methods))
+    rows = training_rows(table)
+    with pytest.raises(DataError, match=message):
+        fit_stacker(rows, StackConfig(kind="other")).predict(rows.columns())
+
+
 def test_settings_without_effect_are_noted(prior: StackConfig) -> None:
     changed = {"max_depth": 5, "components": 3}
     assert ignored_settings(prior.model_copy(update=changed)) == ["stack.max_depth has no effect with stack.kind=prior"]

@@ -6,6 +6,7 @@ import pytest
 from tests.intervals.test_f1 import simulated
 from triderm_dist import intervals, metrics
 from triderm_dist.intervals.bootstrap import _SEVERAL, resampled
+from triderm_dist.schema import ConfigError
 
 
 def test_resamples_of_few_units_are_those_of_one_multinomial_draw() -> None:
@@ -46,3 +47,13 @@ def test_metrics_have_intervals_over_lesions_or_groups() -> None:
     assert values["positives"].low < 9 < values["positives"].high  # not stratified
     grouped = intervals.of_metrics(functions, probabilities, labels, decisions, np.where(labels == 2, -1, labels), 200)
     assert set(np.unique([grouped["positives"].low, grouped["positives"].high])) <= set(np.arange(0.0, 30, 4.5))
+
+
+def test_metric_that_fails_on_a_resample_is_named() -> None:
+    """A diagnosis with one lesion is in about two of three resamples."""
+    decisions, labels = simulated([20, 1])
+    share = metrics.Metric("", lambda p, y, d: 1 / int((y == 1).sum()))
+    with pytest.raises(
+        ConfigError, match=r"the metric share of a plugin failed \(ZeroDivisionError: .* lack a diagnosis"
+    ):
+        intervals.of_metrics({"share": share}, decisions * 1.0, labels, decisions, None, 50)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
-from triderm_dist.models import build_network, build_towers, check_network
+from triderm_dist.models import NETWORKS, build_network, build_towers, check_network
 from triderm_dist.models.network import Network, ViewTokens
 from triderm_dist.models.towers import TokenShape
-from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError
+from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError, Outputs
 from triderm_dist.tasks import milk10k_task
 
 CONCEPTS = ("clinical/hair", "dermoscopic/hair", "dermoscopic/veil")
@@ -423,3 +423,42 @@ def test_exported_network_takes_any_batch_size(kind: str, shared: bool) -> None:
     for n in (1, 2, 7):
         part = [torch.cat([each, each])[:n] for each in inputs]
         torch.testing.assert_close(exported(*part).logits, network(*part).logits)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda z, x: z, "returned a Tensor, not Outputs"),
+        (lambda z, x: (z, z, z, x), "returned a tuple, not Outputs"),
+        (lambda z, x: Outputs(z[:, :5], z, z, x), "returned logits of shape (4, 5), not (B, 11)"),
+        (lambda z, x: Outputs(z, None, None, x), "returned no aux_clinical; return the main logits for a view without"),
+        (lambda z, x: Outputs(z, z, z, x[:, 0]), "returned features of shape (4,), not (B, D)"),
+    ],
+)
+def test_outputs_that_are_not_what_the_loss_expects_are_refused(
+    outputs: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without auxiliary logits a loss that counts on them would weight the main ones higher."""
+
+    class Mean(Network):
+        def fuse(self, tokens: Any, present: Any, concepts: Tensor, metadata: Tensor) -> Any:
+            features = sum(each.mean(1) for each in tokens.values())
+            return outputs(features[:, : len(DIAGNOSES)], features)
+
+        def fusion_stages(self) -> list[torch.nn.Module]:
+            return []
+
+    monkeypatch.setitem(NETWORKS, "mean", Mean)
+    with pytest.raises(ConfigError, match=re.escape(f"models.NAME.kind: fuse of the network 'mean' {message}")):
+        network_of("mean")(*batch())
+
+
+def test_entries_that_are_no_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, entry, message in (
+        ("function", lambda config, signature, towers: None, "'function' of NETWORKS is no subclass of Network"),
+        ("module", torch.nn.Identity, "'module' of NETWORKS is no subclass of Network"),
+        ("unfinished", type("Unfinished", (Network,), {}), "the network 'unfinished' has no method fuse"),
+    ):
+        monkeypatch.setitem(NETWORKS, name, entry)
+        with pytest.raises(ConfigError, match=re.escape(f"models.NAME.kind: {message}")):
+            check_network(config(name))

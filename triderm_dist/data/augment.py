@@ -188,8 +188,11 @@ def build_augmentations(config: AugmentConfig) -> dict[str, Augmentation]:
             raise ConfigError(
                 f"train.augment.extra: {name!r} is not an augmentation; known: {known} (plugins may add others)"
             )
+        kind = AUGMENTATIONS[name]
+        if not (isinstance(kind, type) and issubclass(kind, Augmentation)):
+            raise ConfigError(f"train.augment.extra.{name}: AUGMENTATIONS holds no subclass of Augmentation")
         try:
-            built[name] = build(AUGMENTATIONS[name], settings)
+            built[name] = build(kind, settings)
         except ConfigError as error:
             raise ConfigError(f"train.augment.extra.{name}: {error}") from None
     return built
@@ -286,7 +289,16 @@ class PhotoTransform:
         """Apply the augmentations of `config.extra` to crops (B, 3, size, size), after geometry and color."""
         if rng is not None:
             for name, augmentation in self.extra.items():
-                crops = augmentation.of_view(view)(crops, self._scoped(rng, view).scoped(name))
+                shape, crops = crops.shape, augmentation.of_view(view)(crops, self._scoped(rng, view).scoped(name))
+                if not isinstance(crops, torch.Tensor) or (crops.shape, crops.dtype) != (shape, torch.float32):
+                    got = (
+                        f"{crops.dtype} {tuple(crops.shape)}"
+                        if isinstance(crops, torch.Tensor)
+                        else type(crops).__name__
+                    )
+                    raise ConfigError(
+                        f"train.augment.extra.{name}: returned {got}, not torch.float32 {tuple(shape)}, the crops"
+                    )
         return crops
 
     def reduced_size(self, height: int, width: int) -> tuple[int, int]:

@@ -45,6 +45,12 @@ def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
             f"stack.kind: {config.kind!r} is not a stacker; known: {', '.join(STACKERS)} (plugins may add others)"
         )
     stacker = STACKERS[config.kind]
+    if not (isinstance(stacker, type) and Stacker in stacker.__mro__):
+        raise ConfigError(f"stack.kind: {config.kind!r} of STACKERS is no subclass of Stacker")
+    if stacker.suffix in (".json", ".safetensors"):
+        raise ConfigError(
+            f"stack.kind: {config.kind!r} has the suffix {stacker.suffix}, which is in use; choose another"
+        )
     if config.enabled:
         packages = (*stacker.packages, "sklearn") if config.extra else stacker.packages
         require(f"stack.kind={config.kind}", *packages, instead="set stack.enabled=false")
@@ -137,16 +143,25 @@ class FittedStacker:
     def predict(self, columns: Columns, rows: np.ndarray | None = None) -> np.ndarray:
         """Return (n, C) probabilities of `rows` (ascending indices, None: all) of (N, F) columns.
 
-        Absent diagnoses have exactly 0. Raises DataError for another number of columns.
+        Absent diagnoses have exactly 0. Raises DataError for another number of columns, or where the model returns
+        no probabilities.
         """
         rows = np.arange(len(columns)) if rows is None else rows
         probabilities = np.empty((len(rows), len(self.diagnoses)))
         done = 0
         for indices, batch in batches_of(columns, rows):
-            probabilities[done : done + len(indices)] = self.model.predict(self.reduce(batch))
+            part = np.asarray(self.model.predict(self.reduce(batch)))
+            if part.shape != (expected := (len(indices), len(self.diagnoses))):
+                raise DataError(f"the stacker {self.kind} predicted shape {part.shape}, not {expected}")
+            probabilities[done : done + len(indices)] = part
             done += len(indices)
         probabilities[:, [name in self.absent for name in self.diagnoses]] = 0.0
-        return probabilities / probabilities.sum(axis=1, keepdims=True)
+        total = probabilities.sum(axis=1, keepdims=True)
+        if not (probabilities >= 0).all() or not (total > 0).all():
+            raise DataError(
+                f"the stacker {self.kind} predicted probabilities that are negative, not finite, or all 0 for a lesion"
+            )
+        return probabilities / total
 
     def reduce(self, columns: np.ndarray) -> np.ndarray:
         """Return the (n, F') float32 columns that the model sees of (n, F). Raises DataError for another number."""

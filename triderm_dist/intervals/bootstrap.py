@@ -9,6 +9,8 @@ import numpy as np
 from triderm_dist import metrics
 from triderm_dist.intervals.interval import Interval
 from triderm_dist.intervals.units import group_numbers
+from triderm_dist.runtime.messages import one_line
+from triderm_dist.schema import ConfigError
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -31,7 +33,9 @@ def of_metrics(
     """Return metrics of labeled lesions with the percentiles of an unstratified bootstrap over lesions or groups."""
     table = probabilities, labels, decisions
     draws = metric_draws(functions, *table, groups, resamples, seed)
-    return {name: Interval(metric.function(*table), *percentiles(draws[name])) for name, metric in functions.items()}
+    return {
+        name: Interval(_value(name, metric, *table), *percentiles(draws[name])) for name, metric in functions.items()
+    }
 
 
 def metric_draws(
@@ -62,12 +66,23 @@ def metric_draws(
         rows = order[np.repeat(starts[drawn], sizes[drawn]) + within]
         resample = probabilities[rows], labels[rows], decisions[rows]
         for name, metric in functions.items():
-            draws[name][number] = metric.function(*resample)
+            draws[name][number] = _value(name, metric, *resample)
     if units < len(sizes):
         for name, values in draws.items():
             center = functions[name].function(probabilities, labels, decisions)
             draws[name] = center + (values - np.nanmean(values)) * np.sqrt(units / len(sizes))
     return draws
+
+
+def _value(name: str, metric: metrics.Metric, *table: np.ndarray) -> float:
+    """Compute a metric. Raises ConfigError where a plugin's raises, or returns no number."""
+    try:
+        return float(metric.function(*table))
+    except Exception as error:  # a function of a plugin may raise any type
+        raise ConfigError(
+            f"the metric {name} of a plugin failed ({one_line(error, 200, with_type=True)}); a resample may lack a "
+            "diagnosis: return float('nan') where it is not defined"
+        ) from error
 
 
 def percentiles(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:

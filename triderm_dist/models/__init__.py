@@ -36,7 +36,14 @@ def check_network(config: ModelConfig) -> None:
         raise ConfigError(
             f"models.NAME.kind: {config.kind!r} is not a network; known: {known} (plugins may add others)"
         )
-    if config.settings or not isinstance(NETWORKS[config.kind], str):
+    if not isinstance(entry := NETWORKS[config.kind], str):
+        from triderm_dist.models.network import Network
+
+        if not (isinstance(entry, type) and issubclass(entry, Network)):
+            raise ConfigError(f"models.NAME.kind: {config.kind!r} of NETWORKS is no subclass of Network")
+        if missing := sorted(getattr(entry, "__abstractmethods__", ())):
+            raise ConfigError(f"models.NAME.kind: the network {config.kind!r} has no method {missing[0]}")
+    if config.settings or not isinstance(entry, str):
         network_settings(config)
 
 

@@ -114,6 +114,7 @@ class Network(nn.Module, ABC):
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
         outputs = self.fuse(tokens, present, concepts, metadata)
+        self._check(outputs)
         if self.fine_head is None or not self.training:
             return outputs
         return FineOutputs(*outputs, self.fine_head(outputs.features))
@@ -240,6 +241,23 @@ class Network(nn.Module, ABC):
         """Return the tokens (B, L, width) of the used views, and whether each view is present, (B,) bool."""
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
         return self.encode(clinical, dermoscopic), present
+
+    def _check(self, outputs: Outputs) -> None:
+        """Raise ConfigError for outputs that are not what `fuse` promises; the loss could be another one in silence."""
+        where = f"models.NAME.kind: fuse of the network {self.config.kind!r} returned"
+        if not isinstance(outputs, tuple) or getattr(outputs, "_fields", ())[: len(Outputs._fields)] != Outputs._fields:
+            raise ConfigError(f"{where} a {type(outputs).__name__}, not Outputs")
+        diagnoses = len(self.signature.diagnoses)
+        for name, logits in zip(Outputs._fields[:3], outputs, strict=False):
+            if name != "logits" and name.removeprefix("aux_") not in self.signature.views:
+                if logits is not None:
+                    raise ConfigError(f"{where} {name}, a view that the task lacks; return None")
+            elif logits is None:
+                raise ConfigError(f"{where} no {name}; return the main logits for a view without a head of its own")
+            elif logits.ndim != 2 or logits.shape[1] != diagnoses:
+                raise ConfigError(f"{where} {name} of shape {tuple(logits.shape)}, not (B, {diagnoses})")
+        if outputs.features.ndim != 2:
+            raise ConfigError(f"{where} features of shape {tuple(outputs.features.shape)}, not (B, D)")
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]
