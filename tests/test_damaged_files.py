@@ -7,7 +7,8 @@ import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.engine.clean import find_removable
 from triderm_dist.engine.locate import locate_run
+from triderm_dist.engine.network_files import read_info, read_weights, save_weights, write_info
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.model_card import card_text
 from triderm_dist.ensemble.run_files import read_nested
@@ -39,9 +41,10 @@ from triderm_dist.ensemble.run_list import find_runs
 from triderm_dist.files import write_json
 from triderm_dist.inference.export import export_run
 from triderm_dist.inference.run_folder import open_run_folder
+from triderm_dist.predictions import read_predictions, write_predictions
 from triderm_dist.report.content import Content
 from triderm_dist.report.extra_sets import extra_sets
-from triderm_dist.schema import DataError, InputError
+from triderm_dist.schema import CheckpointError, DataError, InputError
 from triderm_dist.search.trial import Trial, read_trial
 
 Damage = Callable[[Path], None]
@@ -243,6 +246,41 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path)
 
 
+def test_files_of_another_fit_are_refused(run, tmp_path):
+    """Each is undamaged: written by an interrupted `triderm stack`, or copied from another run."""
+    other = shutil.copytree(run, tmp_path / "run")
+    program(stack_program, f"run={other}", "stack.learning_rate=0.7")
+    for names, read in ((("stack.json", "stack.ubj"), open_run), (("ensemble_oof.parquet",), report)):
+        with ExitStack() as files:
+            for name in names:
+                files.enter_context(damaged(run / name, partial(write_bytes, (other / name).read_bytes())))
+            with pytest.raises(DataError, match=f"^{run / names[0]}: not of the fit that wrote ensemble.json; .*again"):
+                read(run)
+        read(run)
+
+
+def test_files_of_another_network_are_refused_or_written_again(run, capsys):
+    fold = run / "tri" / "fold-0"
+    names = ("weights.safetensors", "weights.json", "fold.json", "predictions.parquet")
+    oof = (run / "oof.parquet").read_bytes()
+    with ExitStack() as files:
+        for name in names:  # restores them
+            files.enter_context(damaged(fold / name, lambda path: None))
+        held_out = read_predictions(fold / "predictions.parquet")
+        other = replace(held_out, model_hash=np.full(len(held_out), "0" * 64, object), logits=held_out.logits + 1)
+        write_predictions(fold / "predictions.parquet", other)
+        crossval(run)
+        assert "tri fold 0: 22 held-out lesions predicted again" in capsys.readouterr().out
+        assert (run / "oof.parquet").read_bytes() == oof
+        weights = read_weights(fold / "weights")
+        save_weights(fold / "weights", {name: each + 0.1 for name, each in weights.items()}, epoch=1)
+        with pytest.raises(CheckpointError, match=f"^{fold}/weights.safetensors: .*not that of fold.json; delete"):
+            predict(run)
+        write_info(fold / "fold", **{**read_info(fold / "fold"), "weights": read_info(fold / "weights")["sha256"]})
+        with pytest.raises(DataError, match=f"^{run}/oof.parquet: .*other networks than that in {fold}; .*crossval"):
+            stack(run)
+
+
 def test_model_of_an_earlier_version_without_a_checksum(run):
     """Its bytes reach XGBoost only where they are a model: others would end the process."""
     described, model = run / "stack.json", run / "stack.ubj"
@@ -324,6 +362,16 @@ def test_every_file_of_a_run_in_every_program(run, trained_run, tmp_path, capsys
                 capsys.readouterr()
                 shutil.rmtree(copy.parent)
     assert not faults
+
+
+def test_zip_of_several_runs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "runs.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("b", "a"):
+            archive.writestr(f"{name}/config.yaml", "seed: 1")
+    with pytest.raises(DataError, match=rf"^{path}: holds several runs \(a, b\); extract it and give"):
+        locate_run(path)
 
 
 def test_damaged_zip_of_a_run_is_refused(tmp_path, monkeypatch):

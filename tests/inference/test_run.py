@@ -28,7 +28,7 @@ from triderm_dist.commands.stack import main as stack
 from triderm_dist.config import load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.engine.network_files import save_weights
+from triderm_dist.engine.network_files import read_info, save_weights, write_info
 from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.inference.run import Run
 from triderm_dist.models.towers import TOWER_SOURCES
@@ -287,7 +287,8 @@ def test_incomplete_runs_are_refused(trained_run, tmp_path):
     run = triderm_dist.load(folder, device="cpu")
     with pytest.raises(InputError, match=r"weights\.safetensors: changed or damaged"):
         run.predict()
-    save_weights(weights.with_suffix(""), {"head.weight": torch.full((2,), torch.nan)}, epoch=1)
+    digest = save_weights(weights.with_suffix(""), {"head.weight": torch.full((2,), torch.nan)}, epoch=1)
+    write_info(weights.with_name("fold"), **{**read_info(weights.with_name("fold")), "weights": digest})
     with pytest.raises(InputError, match=r"weights\.safetensors: head\.weight has values that are not finite; delete"):
         triderm_dist.load(folder, device="cpu").predict()
     (folder / "ensemble.json").unlink()

@@ -103,23 +103,19 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.fold import network_folders
     from triderm_dist.engine.predict_test import predict_test
-    from triderm_dist.ensemble.artifact import Ensemble
-    from triderm_dist.ensemble.fitted_stacker import FittedStacker
-    from triderm_dist.ensemble.predict import check_ensemble_task, write_test_results
-    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
+    from triderm_dist.ensemble.predict import FittedEnsemble, check_ensemble_task, write_test_results
     from triderm_dist.ensemble.stack_inputs import check_refit
 
     _check_test_set(config)
-    ensemble = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
+    ensemble = FittedEnsemble.load(config.folder) if config.submit else None
     wanted = config.ensemble.members if ensemble is None else ensemble.members
     members = [name for name in config.models if wanted is None or name in wanted]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     if ensemble:
         check_ensemble_task(config.folder, index.task)
-        if STACKER in ensemble.members:  # refused before the networks predict for hours
-            stacker = FittedStacker.load(config.folder / STACK_FILE)
-            if config.networks == "refit":
-                check_refit(stacker.extra)
+        stacker = ensemble.stacker  # refused before the networks predict for hours
+        if stacker and config.networks == "refit":
+            check_refit(stacker.extra)
     truth = read_truth(config, index) if ensemble else None
     predict_test(config, index, members, config.networks)
     if is_main():
@@ -131,7 +127,7 @@ def predict_test_set(config: PredictRun) -> None:
     folder = config.folder / "refit" if config.networks == "refit" else config.folder
     for path in write_test_results(config.folder, files, folder):
         print(wrapped(f"wrote {path}"))
-    _print_networks(config, ensemble)
+    _print_networks(config, ensemble.ensemble)
     if truth is not None:
         _score(config, truth, folder, _with_trained_photo(config, index))
 

@@ -28,7 +28,7 @@ from triderm_dist.environment import read_environment
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.tower_record import TowerRecord
-from triderm_dist.predictions import Predictions, read_transforms
+from triderm_dist.predictions import Predictions, predicted_by, read_transforms
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, Signature, Task
 from triderm_dist.tasks import recorded_task
 
@@ -146,8 +146,10 @@ def data_facts(experiment: Experiment, index: ShardIndex) -> dict[str, Any]:
 def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
     """Return whether this fold was trained and predicted with these settings and data."""
     folder = experiment.fold_folder(name, fold)
-    finished = is_finished(folder, result_hashes(experiment, index, name, fold))
-    return finished and read_transforms(folder / "predictions.parquet") == experiment.oof.tta
+    if not is_finished(folder, result_hashes(experiment, index, name, fold)):
+        return False
+    held_out, weights = folder / "predictions.parquet", read_info(folder / "fold")["weights"]
+    return read_transforms(held_out) == experiment.oof.tta and predicted_by(held_out) <= {weights}
 
 
 def check_run_task(experiment: Experiment, index: ShardIndex) -> None:

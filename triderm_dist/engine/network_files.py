@@ -95,16 +95,20 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> Tensors:
-    """Read PATH.safetensors. Raises CheckpointError where it is damaged: PATH.json has another SHA-256, or a value is
-    not finite.
+    """Read PATH.safetensors. Raises CheckpointError where it is damaged: PATH.json, or the fold.json of a finished
+    training, has another SHA-256, or a value is not finite.
     """
     file = path.with_suffix(".safetensors")
-    weights = read_tensors(file)
-    if file_sha256(file) != read_info(path)["sha256"]:
-        raise CheckpointError(
-            f"{file}: changed or damaged: its SHA-256 is not that of {path.name}.json; delete {file.parent} and train "
-            "this fold again"
-        )
+    weights, digest = read_tensors(file), file_sha256(file)
+    recorded = {f"{path.name}.json": read_info(path)["sha256"]}
+    if path.with_name("fold.json").exists():
+        recorded["fold.json"] = read_info(path.with_name("fold"))["weights"]
+    for name, expected in recorded.items():
+        if digest != expected:
+            raise CheckpointError(
+                f"{file}: changed or damaged: its SHA-256 is not that of {name}; delete {file.parent} and train this "
+                "fold again"
+            )
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(

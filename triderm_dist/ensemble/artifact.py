@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
 from triderm_dist.ensemble.calibration import weighted_sum
-from triderm_dist.ensemble.run_files import FITTED
+from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED
 from triderm_dist.ensemble.thresholds import Rule, decide
+from triderm_dist.files import file_sha256
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -63,6 +64,7 @@ class EnsembleKeys(BaseModel):
     shrinkage: float | None
     tau: float | None
     diagnoses: list[str]
+    files: dict[str, str] = {}
 
 
 class FitKeys(EnsembleKeys):
@@ -175,6 +177,16 @@ def read_artifact(
     except DamagedFile as error:
         raise DataError(f"{path}: {error}; run triderm stack again") from None
     return tree
+
+
+def check_same_fit(path: Path) -> None:
+    """Check that a file is of the fit that wrote the ensemble.json next to it, which records its SHA-256 in `files`.
+
+    Raises DataError if not. Files of earlier versions record none.
+    """
+    expected = read_artifact(path.with_name(ENSEMBLE_FILE), schema=EnsembleKeys).get("files", {}).get(path.name)
+    if expected and file_sha256(path) != expected:
+        raise DataError(f"{path}: not of the fit that wrote {ENSEMBLE_FILE}; run triderm stack again")
 
 
 def read_task(path: Path, format_name: str = FORMAT, version: int = VERSION) -> Task:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals, metrics
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import Experiment, import_plugins, mean_of_seeds, seeds_of_models
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
@@ -53,6 +54,7 @@ from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.stacker_process import run_in_child
 from triderm_dist.ensemble.weights import Choice, Fitting, NestedEstimate, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
+from triderm_dist.files import file_sha256
 from triderm_dist.intervals import MOST_DECIMALS, Interval
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
@@ -113,6 +115,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     else:
         remove_stacker(run_folder / STACK_FILE)  # of an earlier fit
     _write_nested(run_folder, table, nested, stack)
+    files = [run_folder / name for name in (STACK_FILE, NESTED_FILE)]
     alone = {model: [model] for model in models} | _seed_means(models, config)
     predicting = ensemble.of_networks(alone[chosen]) if chosen in alone else ensemble
     predicting.save(
@@ -128,6 +131,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         stacker=stacker.model.summary() if stacker else None,
         bootstrap=config.ensemble.bootstrap,
         notes=notes,
+        files={path.name: file_sha256(path) for path in files if path.exists()},
     )
     return Fit(rows, chosen, table.task.decision, notes, len(table))
 
@@ -135,6 +139,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
 def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ...], list[str]]:
     """Read the lesions that every member has predicted, the members that are networks, and notes on what is missing."""
     table = read_oof(path, features="features" in config.stack.extra)
+    _check_networks(path, table)
     models = _networks(table, config.ensemble.members, path)
     known = (*models, *_seed_means(models, config), *([STACKER] if config.stack.enabled else []))
     if config.ensemble.use not in (AUTO, ENSEMBLE, *known):
@@ -159,6 +164,24 @@ def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ..
     if absent:
         notes.append(f"no lesion has {', '.join(absent)}: excluded from every score, never predicted")
     return table, models, notes
+
+
+def _check_networks(path: Path, table: OofTable) -> None:
+    """Raise DataError where the out-of-fold table has predictions by other networks than those in RUN/MODEL/fold-K."""
+    for model in table.models:
+        for fold in np.unique(table.folds):
+            file = path.parent / model / f"fold-{fold}" / "fold.json"
+            used = {*table.hashes[model][table.folds == fold]} - {""}
+            try:
+                weights = read_checked_json(file).get("weights")
+            except FileNotFoundError:  # the table alone is enough
+                continue
+            except DamagedFile as error:
+                raise DataError(f"{file}: {error}; delete {file.parent} and train this fold again") from None
+            if used and used != {weights}:
+                raise DataError(
+                    f"{path}: was gathered from other networks than that in {file.parent}; run triderm crossval again"
+                )
 
 
 def _networks(table: OofTable, members: tuple[str, ...] | None, path: Path) -> tuple[str, ...]:

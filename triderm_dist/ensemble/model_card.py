@@ -14,7 +14,7 @@ import numpy as np
 
 from triderm_dist import __version__, intervals, metrics
 from triderm_dist.config import CONFIG_FILE, Experiment, TowerConfig
-from triderm_dist.ensemble.artifact import FitKeys, read_artifact, read_task
+from triderm_dist.ensemble.artifact import FitKeys, check_same_fit, read_artifact, read_task
 from triderm_dist.ensemble.run_files import (
     ENSEMBLE_FILE,
     HELD_OUT_FILE,
@@ -93,6 +93,7 @@ class _Card:
         self.record = read_environment(self.folder)
         self.members: list[str] = [name for name in self.fit["members"] if name != STACKER]
         self.rows = read_nested(self.folder / NESTED_FILE)
+        check_same_fit(self.folder / NESTED_FILE)
         self.counts = np.bincount(self.rows.labels, minlength=len(self.task.diagnoses))
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import fitted_stacker
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact, read_task
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, check_same_fit, read_artifact, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import (
@@ -184,8 +184,12 @@ class FittedEnsemble:
 
     @cached_property
     def stacker(self) -> FittedStacker | None:
-        """None if it is not a member. Raises DataError if stack.json is missing."""
-        return FittedStacker.load(self.folder / STACK_FILE) if STACKER in self.members else None
+        """None if it is not a member. Raises DataError if stack.json is missing, or of another fit."""
+        if STACKER not in self.members:
+            return None
+        stacker = FittedStacker.load(self.folder / STACK_FILE)
+        check_same_fit(self.folder / STACK_FILE)
+        return stacker
 
     def predict(
         self, table: OofTable, parts: Sequence[Predictions] = (), embeddings: np.ndarray | None = None

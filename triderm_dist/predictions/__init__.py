@@ -9,6 +9,7 @@ Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
 
 from triderm_dist.predictions.files import (
     PredictionFile,
+    predicted_by,
     predictions_writer,
     read_predictions,
     read_transforms,
@@ -54,6 +55,7 @@ __all__ = [
     "gather_part",
     "labeled",
     "part_folder",
+    "predicted_by",
     "predictions_writer",
     "read_oof",
     "read_predictions",

@@ -171,6 +171,16 @@ class PredictionFile:
         return DataError(f"{self.path}: {error}; delete it and run triderm crossval or triderm predict again")
 
 
+def predicted_by(path: Path) -> set[str]:
+    """Return the SHA-256 of the weights whose predictions are in a file; none if it is not readable:
+    `read_predictions` says why.
+    """
+    try:
+        return {name for table in PredictionFile(path).tables(["model_hash"]) for name in table[0].unique().to_pylist()}
+    except DataError:
+        return set()
+
+
 def read_transforms(path: Path) -> int:
     """Return the number of transforms that the predictions in a file are the mean over.
 

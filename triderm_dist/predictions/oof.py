@@ -183,7 +183,10 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
     for part in parts:
         key = (single(part.model, "model"), single(part.model_hash, "model_hash"))
         if key in seen:
-            raise DataError(f"test predictions of {key[0]} with weights {key[1][:12]} were given twice")
+            raise DataError(
+                f"two folds of {key[0]} have the same weights ({key[1][:12]}): one is a copy; delete its folder and "
+                "run triderm crossval again"
+            )
         seen.add(key)
         if difference := mismatch(part, first):
             raise DataError(f"test predictions of {key[0]} are for {difference} than the first file's")

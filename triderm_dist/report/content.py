@@ -17,7 +17,7 @@ from triderm_dist.config import CONFIG_FILE, Experiment, load_run, read_yaml
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.open import has_tars
 from triderm_dist.data.synthetic import is_synthetic
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact, read_task
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, check_same_fit, read_artifact, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_ensemble_task, check_weights
 from triderm_dist.ensemble.run_files import (
@@ -72,6 +72,7 @@ class Content:
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
         self.fit = read_artifact(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
+        check_same_fit(self.folder / NESTED_FILE)
         self._oof = OofFile(self.folder / OOF_FILE)
         table = self._oof.table(logits_only=True)
         check_ensemble_task(self.folder, table.task)
@@ -244,7 +245,11 @@ class Content:
     def stacker(self) -> FittedStacker | None:
         """The fitted stacker, if there is one."""
         path = self.folder / STACK_FILE
-        return FittedStacker.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        stacker = FittedStacker.load(path)
+        check_same_fit(path)
+        return stacker
 
     @cached_property
     def importance(self) -> tuple[str, dict[str, float]] | None:
