@@ -69,11 +69,14 @@ def _extract(path: Path) -> Path:
             raise DataError(f"{path}: damaged, or of an unknown kind ({text}); copy it again") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    folders = [target, *(each for each in sorted(target.iterdir()) if each.is_dir())]
-    found = next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
-    if found is None:
+    folders = [target] if (target / CONFIG_FILE).is_file() else sorted(target.iterdir())
+    found = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
+    if not found:
         raise DataError(f"{path}: holds no {CONFIG_FILE}; give a zip of a run's folder")
-    return found
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise DataError(f"{path}: holds several runs ({names}); extract it and give the folder of one")
+    return found[0]
 
 
 def _check_names(path: Path, archive: zipfile.ZipFile) -> None:
