@@ -179,6 +179,7 @@ def test_unknown_network_is_refused(run, tmp_path):
         ({"kind": "onnx", "folds": [0], "networks": "refit"}, "folds: a refit has one network per model"),
         ({"kind": "onnx", "networks": "refit"}, "refit/trimodal: not trained; run triderm refit first"),
         ({"models": ["trimodal"]}, "models, folds, networks: format=zip has all networks"),
+        ({"license_name": "mit"}, "license=mit: format=zip names no license; remove it, or set format=hub"),
     ):
         with pytest.raises(InputError, match=message):
             export_run(run, tmp_path / "a.zip", **options)

@@ -51,6 +51,8 @@ def export_run(
         raise ConfigError(f"output={output}: the name of a zip file must end with .zip")
     if kind in ("zip", "hub") and (models, folds, networks) != (None, None, "folds"):
         raise ConfigError(f"models, folds, networks: format={kind} has all networks of a run; remove these settings")
+    if kind != "hub" and license_name != "other":
+        raise ConfigError(f"license={license_name}: format={kind} names no license; remove it, or set format=hub")
     if folds is not None and networks == "refit":
         raise ConfigError("folds: a refit has one network per model; remove the setting")
     run = open_run_folder(run_folder, networks)
