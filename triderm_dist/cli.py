@@ -261,7 +261,11 @@ def read_settings(
             overrides.append(word)
     config = load(kind, file, overrides)
     register_secrets(config.model_dump(), pass_on=True)
+    without_effect = config.without_effect if isinstance(config, Experiment) else {}
     for key in (key for override in overrides for key in flatten(read_override(override))):
+        for name, why in without_effect.items():
+            if f"{key}.".startswith(f"{name}."):
+                raise ConfigError(f"{key}: {why}")
         if key == "run" and issubclass(kind, Experiment):
             continue
         if not has_effect(kind, key):

@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import draw_photo, write_challenge, write_table
 from tests.processes import launch
 from tests.trained_run import TrainedRun
+from triderm_dist.cli import read_settings
 from triderm_dist.commands.predict import PredictRun, main
 from triderm_dist.commands.refit import RefitRun
 from triderm_dist.commands.refit import main as refit
@@ -187,12 +188,29 @@ def test_what_is_refused(trained_run, tmp_path, words, message):
 
 
 def test_settings_that_need_an_input(trained_run, tmp_path):
-    with pytest.raises(ConfigError, match="tta: has an effect with input only"):
-        predict(trained_run, "tta=1")
     with pytest.raises(ConfigError, match=r"has no packed test set .*; name new photos by input, or a packed set by"):
         predict(trained_run)
     with pytest.raises(ConfigError, match="output: without input the test set of the run is predicted"):
         predict(trained_run, f"output={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tta=1"], "tta: has an effect with input only; name a folder, a table or photos by input"),
+        (["invalid=drop"], "invalid: has an effect with input only"),
+        (["ensemble.members=cnn"], "ensemble.members: has an effect with submit=false only"),
+        (["input=a.jpg", "submit=false"], "submit: has no effect with input; remove it"),
+        (["input=a.jpg", "data.test_truth=truth.csv"], "data.test_truth: has no effect with input; remove it"),
+        (["input=a.jpg", "tta=1", "predict.transforms=2"], "predict.transforms: has no effect with input"),
+        (["input=a.jpg", "explain=IL_1"], "input: has no effect with explain; remove it"),
+        (["explain=IL_1", "networks=refit"], "networks: has no effect with explain; remove it"),
+        (["input=a.jpg", "train.optim.lr=1"], "train.optim.lr: this program does not use the setting"),
+    ],
+)
+def test_settings_without_effect_are_refused(trained_run, words, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        read_settings(PredictRun, [f"run={trained_run.folder}", *words])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.milk10k import CONCEPTS, read_challenge
 from triderm_dist.data.readers.table import read_table
 from triderm_dist.inference.table import lesion_of, read_input, read_lesions, table_of_frame
-from triderm_dist.schema import VIEWS, DataError, Task
+from triderm_dist.schema import VIEWS, ConfigError, DataError, Task
 from triderm_dist.tasks import load_task, milk10k_task
 
 MILK10K, DERM7PT = milk10k_task(), load_task("derm7pt")
@@ -172,6 +172,9 @@ def test_view_of_a_single_photo_is_in_its_name_or_given(tmp_path):
         ({"dermoscopic": "2.jpg"}, "row 3: no photo 2 (.jpg, .png and others) below "),
         ({"dermoscopic": ""}, "row 3: lesion L1 has no photo; add one or remove its rows"),
         ({"lesion_id": ""}, "row 3: lesion_id is empty; every lesion needs its own"),
+        ({"lesion_id": "=1+1"}, "row 3: the lesion id '=1+1' begins with =, which a spreadsheet takes for a formula"),
+        ({"lesion_id": "1E+05"}, "row 3: the lesion id '1E+05' is a number that a spreadsheet has shortened; format"),
+        ({"lesion_id": "a\u202eb"}, "row 3: the lesion id 'a\\u202eb' holds U+202E"),
     ],
 )
 def test_invalid_row_is_named_or_left_out(tmp_path, row, message):
@@ -207,6 +210,17 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
         with pytest.raises(DataError) as error:
             read_input([tmp_path / name], Trained())
         assert message in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "\udcff.clinical.jpg").write_bytes(b"")  # a file name that is not in UTF-8
+    with pytest.raises(DataError, match=r"\\udcff.clinical.jpg: the name of the lesion holds U\+DCFF .*; rename it"):
+        read_input([tmp_path / "\udcff.clinical.jpg"], Trained())
+    photo = tmp_path / "twice" / "1.clinical.jpg"
+    for path, options in (
+        (photo, {"photos": tmp_path}),
+        (tmp_path / "twice", {"photos": tmp_path}),
+        (tmp_path / "lesions.csv", {"view": "clinical"}),
+    ):
+        with pytest.raises(ConfigError, match=f"^{next(iter(options))}=.*: has no effect on .*; remove it"):
+            read_input([path], Trained(), **options)
     with pytest.raises(DataError, match="view=front: known are clinical, dermoscopic"):
         read_input([tmp_path / "empty"], Trained(), view="front")
 

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Experiment
+from triderm_dist.config import INFERENCE, Experiment
 
 
 class EmbedRun(Experiment):
-    uses = (*TRAINING, "data.test", "data.test_shards", "predict")
+    uses = (*INFERENCE, "data.test")
 
     model: str | None = Field(None, description="the model of `models` whose tower to use; null takes the first")
 

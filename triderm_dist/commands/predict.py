@@ -34,7 +34,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Invalid, Networks, RunReader, mean_of_seeds
+from triderm_dist.config import INFERENCE, Invalid, Networks, RunReader, mean_of_seeds
 from triderm_dist.environment import record_data
 from triderm_dist.files import resolve_dots
 from triderm_dist.runtime.terminal import counted, wrapped
@@ -52,7 +52,7 @@ MAX_PRINTED = 20
 
 
 class PredictRun(RunReader):
-    uses = (*TRAINING, "data.test_shards", "data.test_truth", "ensemble.members", "predict")
+    uses = (*INFERENCE, "data.test_truth", "ensemble.members")
 
     input: tuple[PathText, ...] = Field(
         (), description="folder of photos, table or photos to predict; by default the packed test set of the run"
@@ -75,6 +75,20 @@ class PredictRun(RunReader):
     submit: bool = Field(
         True, description="write the results; false only writes each fold's test.parquet, for stack.extra=[features]"
     )
+
+    @property
+    def without_effect(self) -> Mapping[str, str]:
+        of_input, of_test_set = ("photos", "view", "tta", "invalid", "device"), ("submit", "data.test_truth")
+        if self.explain:
+            return dict.fromkeys(
+                ("input", "networks", *of_input, *of_test_set, "predict"), "has no effect with explain; remove it"
+            )
+        if self.input:
+            fixed = (*of_test_set, "ensemble.members", *(["predict.transforms"] if self.tta is not None else []))
+            return dict.fromkeys(fixed, "has no effect with input; remove it")
+        where = "has an effect with input only; name a folder, a table or photos by input"
+        chosen = {"ensemble.members": "has an effect with submit=false only; remove it"} if self.submit else {}
+        return {**dict.fromkeys(of_input, where), **chosen}
 
     @property
     def writes(self) -> bool:
@@ -134,8 +148,6 @@ def predict_test_set(config: PredictRun) -> None:
 
 def _check_test_set(config: PredictRun) -> None:
     """Raise ConfigError for settings of predictions of an input, and for a run without a packed test set."""
-    if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
-        raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
     if config.results != config.folder:
         raise ConfigError("output: without input the test set of the run is predicted, into its own folder; remove it")
     if not config.data.test_shards and not Path(config.test_shards).exists():

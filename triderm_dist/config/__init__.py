@@ -17,6 +17,7 @@ from triderm_dist.config.data import (
 )
 from triderm_dist.config.ensemble import EnsembleConfig, OofConfig, PredictConfig, ReportConfig, StackConfig
 from triderm_dist.config.experiment import (
+    INFERENCE,
     PARALLEL_FOLDS_KEYS,
     TRAINING,
     Experiment,
@@ -59,6 +60,7 @@ __all__ = [
     "CONFIG_FILE",
     "COSMETIC",
     "EXECUTION",
+    "INFERENCE",
     "MAX_BATCH",
     "MAX_SECONDS",
     "MAX_SEED",

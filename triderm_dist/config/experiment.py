@@ -22,6 +22,11 @@ TRAINING = (
     *("data.prefetch", "data.remote"),
 )
 """The settings that have an effect on training, as `Experiment.uses` lists them."""
+INFERENCE = (
+    *(key for key in TRAINING if key not in ("train", "oof", "data.extra")),
+    *("train.precision", "train.compile", "predict"),
+)
+"""Those that have an effect on predictions of trained networks."""
 
 
 class Extensible(Section):
@@ -105,6 +110,11 @@ class Experiment(Extensible):
         models = with_seeds(models)
         check_model_names(models)
         return models
+
+    @property
+    def without_effect(self) -> Mapping[str, str]:
+        """Settings without effect on a program as it is called, with the reason; the command line may not set them."""
+        return {}
 
     @property
     def writes(self) -> bool:

@@ -14,12 +14,12 @@ _SCIENTIFIC = re.compile(r"[0-9](\.[0-9]+)?E\+[0-9]{2,3}", re.IGNORECASE)
 MAX_ID = 80
 
 
-def why_no_id(text: str) -> str | None:
+def why_no_id(text: str, longest: int = MAX_ID) -> str | None:
     """Say why a text of a table cannot be the id of a lesion, photo or patient, None if it can."""
     if not text:
         return "is empty"
-    if len(text) > MAX_ID:
-        return f"has {len(text):,} characters, more than {MAX_ID}"
+    if len(text) > longest:
+        return f"has {len(text):,} characters, more than {longest}"
     if character := unsafe_character(text) or _invisible(text):
         return f"holds {character}"
     if text[0] in _FORMULA:

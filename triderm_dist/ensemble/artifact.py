@@ -179,14 +179,15 @@ def read_artifact(
     return tree
 
 
-def check_same_fit(path: Path) -> None:
-    """Check that a file is of the fit that wrote the ensemble.json next to it, which records its SHA-256 in `files`.
+def check_same_fit(run_folder: Path, *names: str) -> None:
+    """Check that files, where they exist, are of the fit that wrote ensemble.json, which has the SHA-256 of each.
 
-    Raises DataError if not. Files of earlier versions record none.
+    Raises DataError if not. Earlier versions recorded none.
     """
-    expected = read_artifact(path.with_name(ENSEMBLE_FILE), schema=EnsembleKeys).get("files", {}).get(path.name)
-    if expected and file_sha256(path) != expected:
-        raise DataError(f"{path}: not of the fit that wrote {ENSEMBLE_FILE}; run triderm stack again")
+    recorded = read_artifact(run_folder / ENSEMBLE_FILE, schema=EnsembleKeys).get("files", {})
+    for path in (run_folder / name for name in names):
+        if path.name in recorded and path.exists() and file_sha256(path) != recorded[path.name]:
+            raise DataError(f"{path}: not of the fit that wrote {ENSEMBLE_FILE}; run triderm stack again")
 
 
 def read_task(path: Path, format_name: str = FORMAT, version: int = VERSION) -> Task:

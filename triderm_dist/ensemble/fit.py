@@ -44,6 +44,7 @@ from triderm_dist.ensemble.run_files import (
     RESERVED,
     STACK_FILE,
     STACKER,
+    STACKER_FILES,
     NestedRows,
     write_nested,
 )
@@ -115,7 +116,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     else:
         remove_stacker(run_folder / STACK_FILE)  # of an earlier fit
     _write_nested(run_folder, table, nested, stack)
-    files = [run_folder / name for name in (STACK_FILE, NESTED_FILE)]
+    files = [run_folder / name for name in (*STACKER_FILES, NESTED_FILE)]
     alone = {model: [model] for model in models} | _seed_means(models, config)
     predicting = ensemble.of_networks(alone[chosen]) if chosen in alone else ensemble
     predicting.save(

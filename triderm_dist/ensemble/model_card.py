@@ -93,7 +93,7 @@ class _Card:
         self.record = read_environment(self.folder)
         self.members: list[str] = [name for name in self.fit["members"] if name != STACKER]
         self.rows = read_nested(self.folder / NESTED_FILE)
-        check_same_fit(self.folder / NESTED_FILE)
+        check_same_fit(self.folder, NESTED_FILE)
         self.counts = np.bincount(self.rows.labels, minlength=len(self.task.diagnoses))
 
     @property

@@ -23,6 +23,7 @@ from triderm_dist.ensemble.run_files import (
     PREDICTIONS_FILE,
     STACK_FILE,
     STACKER,
+    STACKER_FILES,
 )
 from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
 from triderm_dist.predictions import (
@@ -188,7 +189,7 @@ class FittedEnsemble:
         if STACKER not in self.members:
             return None
         stacker = FittedStacker.load(self.folder / STACK_FILE)
-        check_same_fit(self.folder / STACK_FILE)
+        check_same_fit(self.folder, *STACKER_FILES)
         return stacker
 
     def predict(

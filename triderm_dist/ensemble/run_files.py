@@ -22,7 +22,10 @@ from triderm_dist.schema import DataError
 OOF_FILE = "oof.parquet"
 STACK_FILE = "stack.json"
 """Describes the stacker and names its kind; the model itself is stack + the suffix of the kind (stack.ubj)."""
+REDUCTION_FILE = "stack.safetensors"
 ALIGNMENTS_FILE = "turns.safetensors"
+STACKER_FILES = (STACK_FILE, REDUCTION_FILE, ALIGNMENTS_FILE)
+"""Files of a stacker of any kind; the last two for wide columns, and for fused features."""
 ENSEMBLE_FILE = "ensemble.json"
 NESTED_FILE = "ensemble_oof.parquet"
 OOF_PREFIX = "oof_"

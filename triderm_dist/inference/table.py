@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ_FORMATS
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.problems import InvalidLesions, Problem
@@ -39,15 +40,17 @@ from triderm_dist.data.readers.table import (
 )
 from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.data.shards.format import INDEX
-from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.runtime.messages import did_you_mean, printable, quoted
 from triderm_dist.runtime.terminal import counted
-from triderm_dist.schema import DataError, TableFormat, Task
+from triderm_dist.schema import ConfigError, DataError, TableFormat, Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SEPARATORS = "._- "
 """Characters that may separate the id of a lesion from the view in the name of a photo."""
+MAX_NAME = 1000
+"""Characters of a lesion's name by the path of its photo."""
 _OWN_READERS = ("milk10k", "lesions_csv")
 """Readers of tasks whose tables this module reads itself."""
 
@@ -97,6 +100,7 @@ def read_input(
     if view is not None and view not in trained.task.view_names:
         raise DataError(f"view={view}: {did_you_mean(view, trained.task.view_names)}")
     if len(paths) != 1:
+        _check_no_effect("photos", photos, "photos")
         if other := next((path for path in paths if path.suffix.lower() not in PHOTO_SUFFIXES), None):
             raise DataError(f"{other}: of several inputs each must be a photo ({READ_FORMATS})")
         return _read_photos([(path, Path()) for path in paths], trained, view)
@@ -104,11 +108,19 @@ def read_input(
     if path.is_dir():
         return _read_folder(path, trained, photos, view, invalid)
     if path.suffix.lower() in SUFFIXES:
+        _check_no_effect("view", view, f"the table {path.name}")
         return read_lesions(read_table(path, trained.task.table), [photos or path.parent], trained, invalid)
     if path.suffix.lower() in PHOTO_SUFFIXES:
+        _check_no_effect("photos", photos, "a photo")
         return _read_photos([(path, Path())], trained, view)
     kinds = ", ".join((*SUFFIXES, *PHOTO_SUFFIXES))
     raise DataError(f"{path}: neither a folder, a table nor a photo, which end in {kinds}")
+
+
+def _check_no_effect(name: str, value: object, what: str) -> None:
+    """Raise ConfigError where a setting is given that has no effect on such an input."""
+    if value is not None:
+        raise ConfigError(f"{name}={value}: has no effect on {what}; remove it")
 
 
 def _read_folder(
@@ -118,6 +130,8 @@ def _read_folder(
     if (folder / INDEX).is_file():
         raise DataError(f"{folder}: is a packed set; predict it by data.test_shards={folder} without input")
     if task.reader not in _OWN_READERS:
+        _check_no_effect("photos", photos, f"a folder of reader {task.reader}")
+        _check_no_effect("view", view, f"a folder of reader {task.reader}")
         dataset = reader_of(task).read(folder, task, "mark", invalid)
         scores = np.full((len(dataset.lesions), len(trained.concepts)), np.nan, np.float32)
         for column, name in enumerate(trained.concepts):
@@ -131,9 +145,12 @@ def _read_folder(
         return ReadInput(lesions, tuple(dataset.notes), dataset.problems)
     if task.reader == "milk10k" and milk10k.has_layout(folder):
         path, _, roots = milk10k.find_parts(folder)
+        _check_no_effect("view", view, f"the table {path.name}")
         return read_lesions(read_table(path, task.table), [photos] if photos else roots, trained, invalid)
     if (table := _find_table(folder, task)) is not None:
+        _check_no_effect("view", view, f"the table {table.name}")
         return read_lesions(read_table(table, task.table), [photos or folder], trained, invalid)
+    _check_no_effect("photos", photos, "a folder without a table")
     files = [(Path(parent, name), suffix) for parent, name, suffix in walk_files(folder)]
     found = [(path, path.parent.relative_to(folder)) for path, suffix in files if suffix in PHOTO_SUFFIXES]
     others = [path.name for path, suffix in files if suffix in OTHER_SUFFIXES]
@@ -176,6 +193,8 @@ def _read_photos(photos: Sequence[tuple[Path, Path]], trained: TrainedOn, view: 
     lesions: dict[str, dict[str, Path]] = {}
     for path, folder in photos:
         name, own_view = lesion_of(path, folder, task)
+        if wrong := why_no_id(name, longest=MAX_NAME):
+            raise DataError(f"{printable(str(path))}: the name of the lesion {wrong}; rename it")
         own_view = own_view or view or (task.view_names[0] if len(task.views) == 1 else None)
         if own_view is None:
             example = f"{path.stem}.{task.view_names[0]}{path.suffix}"
@@ -386,6 +405,10 @@ class _Reading:
                 what = f"{column} is empty; every lesion needs its own" if column else "the lesion has no photo"
                 self.problems.append(Problem("", "row", self.table.where(row), what))
                 self.bad.add("")
+            elif wrong := why_no_id(lesion_id):
+                what = f"the lesion id {quoted(lesion_id)} {wrong}; correct it"
+                self.problems.append(Problem(lesion_id, "row", self.table.where(row), what))
+                self.bad.add(lesion_id)
         return ids
 
     def _views(self) -> list[str | None]:

@@ -27,6 +27,7 @@ from triderm_dist.ensemble.run_files import (
     OOF_FILE,
     PREDICTIONS_FILE,
     STACK_FILE,
+    STACKER_FILES,
     read_held_out,
     read_nested,
 )
@@ -72,7 +73,7 @@ class Content:
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
         self.fit = read_artifact(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
-        check_same_fit(self.folder / NESTED_FILE)
+        check_same_fit(self.folder, NESTED_FILE)
         self._oof = OofFile(self.folder / OOF_FILE)
         table = self._oof.table(logits_only=True)
         check_ensemble_task(self.folder, table.task)
@@ -248,7 +249,7 @@ class Content:
         if not path.exists():
             return None
         stacker = FittedStacker.load(path)
-        check_same_fit(path)
+        check_same_fit(self.folder, *STACKER_FILES)
         return stacker
 
     @cached_property
