@@ -107,6 +107,7 @@ def test_value_is_parsed_by_the_type_of_its_setting(override, key, value):
         ("inner={rate: 1, rate: 1}", "inner: .*'rate' is written twice, in lines 1 and 1"),
         ("inner=3", "inner: a section of settings; write inner.NAME=VALUE"),
         ("many=3", "many: a section of settings; write many.NAME=VALUE"),
+        ("power=true", r"power: input should be 1, 2 or 4 \(got 'true'\)"),
         ("count=true", r"count: input should be a valid integer.* \(got 'true'\)"),
         (f"count={'9' * 30}", r"count: the number is too large \(got 9+\)"),
         (f"count={'9' * 5000}", r"count: .*integer.* \(got '9{70,} \.\.\.\)"),

@@ -114,8 +114,9 @@ def typed(value: Any, annotation: Any) -> Any:
         if item is not None:
             return [typed(Plain(part.strip()), item) for part in value.split(",")]
         takes_text = any(kind is str or (get_origin(kind) is Literal and _all_text(kind)) for kind in kinds)
-        # pydantic would take true for the integer 1.
-        is_text = takes_text or (value in _BOOL and bool not in kinds and any(kind in (int, float) for kind in kinds))
+        # pydantic would take true for the integer 1, also that of a Literal.
+        is_number = any(kind in (int, float) or get_origin(kind) is Literal for kind in kinds)
+        is_text = takes_text or (value in _BOOL and bool not in kinds and is_number)
         return str(value) if is_text else untyped(value)
     if isinstance(value, list):
         return [typed(each, Any if item is None else item) for each in value]
