@@ -121,8 +121,8 @@ BROKEN_CLINIC: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "missing photo": ({}, {"photo": "p9.jpg"}, "lesions.csv, row 4: photo: no photo p9 ("),
     "photo name that is no lesion id": (
         {},
-        {"photo": "p 2.jpg"},
-        "row 4: photo 'p 2' holds a space, a dot or a slash; name another column by "
+        {"photo": "p.2.jpg"},
+        "row 4: photo 'p.2' holds a dot, a slash or an unusual space; name another column by "
         "columns.lesion_id in task.yaml, or rename the photo",
     ),
 }

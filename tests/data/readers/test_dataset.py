@@ -8,7 +8,10 @@ import pytest
 from triderm_dist.data.readers.dataset import folded, spelled_alike, why_no_lesion_id
 
 
-@pytest.mark.parametrize("text", ["IL_0000652", "7", "007", "a:b", 'a"b', "a,b", "ä", "病变1", "3e12", "a-b", "x" * 80])
+@pytest.mark.parametrize(
+    "text",
+    ["IL_0000652", "7", "007", "a:b", 'a"b', "a,b", "ä", "病变1", "3e12", "a-b", "a b", "Foto 12 (Rücken)", "x" * 80],
+)
 def test_usual_ids_are_allowed(text: str) -> None:
     assert why_no_lesion_id(text) is None
 
@@ -18,11 +21,12 @@ def test_usual_ids_are_allowed(text: str) -> None:
     [
         ("", "is empty"),
         ("x" * 81, "has 81 characters"),
-        ("a b", "a space, a dot or a slash"),
-        ("a.b", "a space, a dot or a slash"),
-        ("a/b", "a space, a dot or a slash"),
-        ("a\\b", "a space, a dot or a slash"),
-        ("a\u00a0b", "a space, a dot or a slash"),
+        ("a.b", "a dot, a slash or an unusual space"),
+        ("a/b", "a dot, a slash or an unusual space"),
+        ("a\\b", "a dot, a slash or an unusual space"),
+        (" a", "a dot, a slash or an unusual space"),
+        ("a\tb", "U+0009"),
+        ("a\u00a0b", "a dot, a slash or an unusual space"),
         ("a\0b", "U+0000"),
         ("a\x1b[31m", "U+001B"),
         ("a\x7f", "U+007F"),

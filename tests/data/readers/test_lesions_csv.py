@@ -200,7 +200,7 @@ BROKEN: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
         "row 4: unknown dx 'melanom'; did you mean 'melanoma'? Correct it, or add it to",
     ),
     "view": (edit(2, kind="overview"), "row 4: unknown kind 'overview'; known are clinical, close-up"),
-    "id": (edit(2, lesion="L 1"), "row 4: lesion 'L 1' holds a space, a dot or a slash"),
+    "id": (edit(2, lesion="L.1"), "row 4: lesion 'L.1' holds a dot, a slash or an unusual space"),
     "id of a formula": (edit(2, lesion="=L1"), "row 4: lesion '=L1' begins with =, which a spreadsheet takes for"),
     "patient of a terminal": (edit(2, patient="P\x1b[0m"), r"row 4: patient 'P\x1b[0m' holds U+001B"),
     "patient of a damaged sheet": (edit(2, patient="#REF!"), "row 4: patient '#REF!' is an error value of a spread"),

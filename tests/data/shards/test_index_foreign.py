@@ -145,7 +145,7 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
     "new concept": (set_record(4, concepts={"pus": 0.1}), "record", "lesion L4 has a concept 'pus' that the first"),
     "concept list": (set_record(4, concepts=[1]), "record", "concepts is a list"),
     "age": (set_record(4, metadata={"age": "old"}), "record", "age_approx 'old' is not a number from 0 to 120 years"),
-    "lesion id": (set_record(4, lesion_id="a b"), "record", "lesion_id 'a b' holds a space, a dot or a slash"),
+    "lesion id": (set_record(4, lesion_id="a.b"), "record", "lesion_id 'a.b' holds a dot, a slash or an unusual space"),
     "duplicate": (set_record(4, lesion_id="L1"), "duplicate lesion", "lesion L1 occurs twice, first in .*part-000.tar"),
     "formula": (set_record(4, group="=1+1"), "record", "group '=1\\+1' begins with =, which a spreadsheet takes"),
     "json": (set_member(4, "json", b"{"), "record", "part-001.tar, sample L4: "),

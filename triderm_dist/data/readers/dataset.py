@@ -19,7 +19,7 @@ from triderm_dist.runtime.messages import quoted
 from triderm_dist.schema import Lesion, Task
 
 # A lesion id names files in the shards, where WebDataset ends the key at the first dot.
-_LESION_ID = re.compile(r"[^\s./\\]*")
+_LESION_ID = re.compile(r"[^\s./\\]+( +[^\s./\\]+)*")
 
 
 def why_no_lesion_id(text: str) -> str | None:
@@ -30,7 +30,7 @@ def why_no_lesion_id(text: str) -> str | None:
         return None
     if re.fullmatch(r"[0-9]+\.0", text):
         return f"is a number as pandas writes a column with gaps; write {text[:-2]}, by reading the column as text"
-    return "holds a space, a dot or a slash"
+    return "holds a dot, a slash or an unusual space"
 
 
 def folded(text: str) -> str:
