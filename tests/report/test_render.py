@@ -1,6 +1,7 @@
 """Pages from sections: files, escaping, equal bytes, and figures that follow the colors of the page."""
 
 import csv
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from triderm_dist.report.elements import Column, Figure, Row, Section, Table
 from triderm_dist.report.render import write_page
-from triderm_dist.report.style import BLUE, INK
+from triderm_dist.report.style import BLUE, INK, PLOTS_IN_ROW, STYLE, WIDE, panel_title, panels
 
 
 def draw(figure: Any) -> None:
@@ -21,6 +22,23 @@ def draw(figure: Any) -> None:
 FIGURE = Figure("line", draw, 'A "line" <rising>', "A line & no more", (3, 2))
 TABLE = Table("t", "T <1>", [Column("x", "x & y")], [Row("<a>", (0.5,), note="&", lead=True)])
 SECTION = Section("One & <two>", tables=[TABLE], figures=[FIGURE], values={"text": "<i>text</i>"})
+
+
+@pytest.mark.parametrize("letters", [3, 17, 22, 60])
+def test_titles_of_small_plots_do_not_overlap(letters: int) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    with matplotlib.rc_context(STYLE):
+        drawing = Drawing((WIDE, 2.4), layout="constrained")
+        grid = panels(drawing, PLOTS_IN_ROW)
+        for axes in grid:
+            panel_title(axes, ("KERATOSE_" * 7)[:letters], "0.045")
+        FigureCanvasAgg(drawing).draw()
+        titles = [axes._left_title.get_window_extent() for axes in grid]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(titles))
+    assert titles[-1].x1 <= drawing.bbox.x1 + 1
 
 
 def test_page_and_files(tmp_path: Path) -> None:

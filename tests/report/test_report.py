@@ -210,7 +210,8 @@ def test_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
         shutil.copy(run / name, tmp_path / name)
     text = page_of(Content(tmp_path), tmp_path).text  # without curves, stacker, settings or held-out score
     assert "Training curves" not in text and "Settings" not in text and "held-out test set" not in text
-    assert "test set of 479 lesions like these" in text
+    content = Content(tmp_path)
+    assert f"test set of {len(content.labels) // 3} lesions like these" in text  # as many as a fold has
 
 
 def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
@@ -264,21 +265,31 @@ def test_report_of_any_task(clinic: Path) -> None:
 @pytest.mark.parametrize("decision", ["argmax", "fitted", "threshold"])
 def test_report_says_what_its_main_figure_counts(clinic: Path, tmp_path: Path, decision: str) -> None:
     copy_run(clinic, tmp_path / "run", replace(CLINIC, decision=decision))
-    text = page_of(Content(tmp_path / "run"), tmp_path).text
+    content = Content(tmp_path / "run")
+    text = page_of(content, tmp_path).text
     label = {"argmax": "most probable diagnosis", "fitted": "one diagnosis by fitted thresholds",
              "threshold": "each diagnosis with p > 0.5"}[decision]  # fmt: skip
     assert f"Macro F1, out of fold, nested, {label}" in text and f"Macro F1, {label}" in text
     assert ("fitted (too high)" in text) == (decision == "threshold")
     assert ("Thresholds: from the fit on all lesions" in text) == (decision != "argmax")
+    tables = {table.name: table for section in sections_of(content) for table in section.tables}
+    for name, same in (("metrics", "Mean recall over diagnoses"), ("macro_f1", "most probable diagnosis")):
+        assert (same in {row.name for row in tables[name].rows}) == (decision != "argmax"), name
 
 
 def test_report_without_reference_results_kinds_and_fields(clinic: Path, tmp_path: Path) -> None:
-    unknown = tuple(replace(each, malignant=None) for each in CLINIC.diagnoses)
+    unknown = tuple(replace(each, malignant=None, title="") for each in CLINIC.diagnoses)
     copy_run(clinic, tmp_path / "run", replace(CLINIC, title="", diagnoses=unknown, reference_results=()))
     table = read_oof(clinic / "oof.parquet")
     write_oof(tmp_path / "run" / "oof.parquet", replace(table, groups=table.lesion_ids))
     text = page_of(Content(tmp_path / "run"), tmp_path).text
     assert "clinic: run" in text
+    (tmp_path / "run").rename(tmp_path / "clinic")
+    content = Content(tmp_path / "clinic")
+    head = next(section for section in sections_of(content) if "heading" in section.values)
+    assert head.values["heading"] == "clinic"
+    rankings = next(table for section in sections_of(content) for table in section.tables if table.name == "rankings")
+    assert not any(row.note for row in rankings.rows)  # a title that is the name is not repeated
     for heading in ("Published results", "Malignant against benign", "lesions of the same"):
         assert heading not in text
 

@@ -52,9 +52,6 @@ from triderm_dist.settings import NULL, parse_yaml, untyped
 MIN_COMMON_LESIONS = 20
 """A diagnosis with fewer lesions is left out of the macro F1 of common diagnoses."""
 
-TEST_SET_LESIONS = 479
-"""The size of test set whose spread is shown where no test set was scored: that of the MILK10k challenge."""
-
 Attend = Callable[[Sequence[str]], Mapping[str, AttentionMaps]]
 """Returns the attention maps of lesions of the training set by id, each of a network that was not trained on it."""
 
@@ -189,8 +186,11 @@ class Content:
 
     @cached_property
     def test_set(self) -> tuple[int, intervals.Interval]:
-        """The size of a test set, and the spread of macro F1 that test sets of this size would show."""
-        lesions = int(self.held_out["n"]) if self.held_out else TEST_SET_LESIONS
+        """The size of a test set, and the spread of macro F1 that test sets of this size would show.
+
+        The size is that of the test set that was scored, else that of a fold.
+        """
+        lesions = int(self.held_out["n"]) if self.held_out else len(self.labels) // self.fit["folds"]
         spread = intervals.spread(self.rows.decisions, self.labels, lesions, self.groups, self.resamples)
         return lesions, spread
 

@@ -198,13 +198,17 @@ class Discrimination:
 
     @cached_property
     def macro_f1(self) -> dict[str, Interval]:
-        """Macro F1 of the nested probabilities under each rule: the ensemble's decisions, p > 0.5, and argmax."""
+        """Macro F1 of the nested probabilities under each rule: the ensemble's decisions, p > 0.5, and argmax.
+
+        Argmax is left out where the ensemble's decisions are those by argmax.
+        """
         rows = self.rows
         rules = {
             "decisions of the ensemble": rows.decisions,
             "each diagnosis with p > 0.5": rows.probabilities > metrics.OFFICIAL_THRESHOLD,
-            "most probable diagnosis": metrics.argmax_decisions(rows.probabilities),
         }
+        if self.task.decision != "argmax":
+            rules["most probable diagnosis"] = metrics.argmax_decisions(rows.probabilities)
         return {name: intervals.macro_f1(table, rows.labels, self.groups) for name, table in rules.items()}
 
 

@@ -32,6 +32,8 @@ DASHED = (0, (3, 3))
 """Line style of what a curve is compared with."""
 PLOTS_IN_ROW = 4
 """Small plots side by side, on the width of the page."""
+TITLE_LETTERS, LONGEST_NAME = 20, 26
+"""Letters over a small plot in the usual size, and the most letters of a diagnosis there."""
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -82,6 +84,14 @@ def panels(figure: Any, count: int, unit_square: bool = True) -> list[Any]:
     if unit_square:
         grid[0].set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     return list(grid[:count])
+
+
+def panel_title(axes: Any, name: str, value: str = "") -> None:
+    """Set the title of one of the `panels`, in smaller letters and shortened where it would run into its neighbor."""
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 1]}…"
+    title = f"{name}  {value}".rstrip()
+    axes.set_title(title, fontsize=STYLE["axes.titlesize"] * min(1.0, TITLE_LETTERS / len(title)))
 
 
 def panels_height(count: int) -> float:

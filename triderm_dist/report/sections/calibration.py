@@ -12,7 +12,7 @@ from triderm_dist.metrics import CALIBRATION_BINS, Reliability
 from triderm_dist.report.calibration import FIT_LESIONS, MOST_PROBABLE, EnsembleCalibration
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
-from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, PLOTS_IN_ROW, WIDE
+from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, PLOTS_IN_ROW, WIDE, panel_title
 
 MIN_BIN_LESIONS = 5
 """A bin with fewer lesions has no dot in the diagram."""
@@ -122,7 +122,7 @@ def _reliability(content: Content) -> Figure:
             axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
             axes.tick_params(labelbottom=False, labelleft=not column, length=0)
             title = "correct" if target.name == MOST_PROBABLE else target.name
-            axes.set_title(f"{title}  {target.after.reliability.error:.3f}")
+            panel_title(axes, title, f"{target.after.reliability.error:.3f}")
             if not column:
                 axes.set_ylabel("share")
                 below.set_ylabel("lesions")

@@ -10,7 +10,7 @@ import numpy as np
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import Target, thinned
 from triderm_dist.report.elements import Column, Figure, Row, Section, Share, Table, Value
-from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, WIDE, panels, panels_height
+from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, WIDE, panel_title, panels, panels_height
 
 POINTS = 200
 """Points of a curve."""
@@ -42,9 +42,10 @@ def diagnoses(content: Content) -> Section:
             int(counts.predicted[at]),
             *([float(content.ensemble.thresholds[at])] if has_thresholds else []),
         ]
-        rows.append(Row(target.name, values, note=target.title))
+        note = target.title if target.title.lower() != target.name.lower() else ""
+        rows.append(Row(target.name, values, note=note))
         share = Share(int(counts.positives[at]), len(content.labels))
-        rankings.append(Row(target.name, (target.area_under_roc, target.average_precision, share), note=target.title))
+        rankings.append(Row(target.name, (target.area_under_roc, target.average_precision, share), note=note))
     of_rankings = [
         Column("auc", "AUC"),
         Column("average_precision", "average precision"),
@@ -110,7 +111,7 @@ def _curves(
     def draw(figure: Any) -> None:
         for axes, (target, text) in zip(panels(figure, len(targets)), titled, strict=True):
             draw_one(axes, target)
-            axes.set_title(f"{target.name}  {text}")
+            panel_title(axes, target.name, text)
         figure.supxlabel(labels[0], fontsize=10)
         figure.supylabel(labels[1], fontsize=10)
 

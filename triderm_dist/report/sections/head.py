@@ -28,7 +28,7 @@ def head(content: Content) -> Section:
         template="head.html",
         tables=[Table("main", "Main figures", columns, rows, head="lesions", emphasis=True)],
         values={
-            "heading": f"{content.title}: {content.name}",
+            "heading": content.title if content.title == content.name else f"{content.title}: {content.name}",
             "about": f"{counted(models, 'model')} · {folds} folds · {len(content.diagnoses)} diagnoses · triderm-dist",
             "networks": models,
             "folds": folds,

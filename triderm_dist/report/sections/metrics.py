@@ -15,7 +15,11 @@ def metrics(content: Content) -> Section:
     rows = [Row(f"Macro F1, {scored_decision(content)}", (content.score,), lead=True)]
     if content.common_score:
         rows.append(Row(f"Macro F1, diagnoses with at least {MIN_COMMON_LESIONS} lesions", (content.common_score,)))
-    rows += [Row(METRICS[name].title, (interval,)) for name, interval in content.metric_values.items()]
+    # The recall of decisions by argmax is the balanced accuracy.
+    left_out = {"mean_recall"} if content.task.decision == "argmax" else set()
+    rows += [
+        Row(METRICS[name].title, (value,)) for name, value in content.metric_values.items() if name not in left_out
+    ]
     lesions, spread = content.test_set
     folds = content.fold_scores
     deviation = float(np.std(folds, ddof=1))

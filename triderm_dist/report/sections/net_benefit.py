@@ -10,7 +10,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import NetBenefit, net_benefit_curve
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
-from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, WIDE, panels, panels_height
+from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, WIDE, panel_title, panels, panels_height
 
 CURVE = np.linspace(0.01, 0.8, 80)
 """Threshold probabilities of the curves."""
@@ -66,7 +66,7 @@ def _curves(content: Content) -> Figure:
             axes.set(xlim=(0, CURVE[-1]), ylim=(-0.15 * prevalence, 1.05 * prevalence))
             axes.set_xticks([0, 0.4, 0.8], ["0%", "40%", "80%"])
             axes.locator_params(axis="y", nbins=4)
-            axes.set_title(target.name)
+            panel_title(axes, target.name)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9)
         figure.supxlabel("threshold probability", fontsize=10)
         figure.supylabel("net benefit", fontsize=10)

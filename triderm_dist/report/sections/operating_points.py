@@ -17,7 +17,7 @@ def operating_points(content: Content) -> Section | None:
         Column("specificity", "specificity"),
         Column("ppv", "PPV"),
         Column("npv", "NPV"),
-        Column("aim", "aim"),
+        Column("aim", "against the aim"),
     ]
     of_thresholds = [
         Column("threshold", "for new lesions", ".3g"),
@@ -60,4 +60,4 @@ def operating_points(content: Content) -> Section | None:
 def _against_the_aim(point: OperatingPoint) -> Flag:
     if point.rates.sensitivity.high < point.aim:
         return Flag("below")
-    return Flag("above" if point.rates.sensitivity.low > point.aim else "reached", strong=False)
+    return Flag("above" if point.rates.sensitivity.low > point.aim else "within the noise", strong=False)

@@ -9,7 +9,7 @@ import numpy as np
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import PREVALENCES, SENSITIVITIES, OperatingPoint
 from triderm_dist.report.elements import Column, Figure, Row, Section, Table
-from triderm_dist.report.style import GRAY, PALETTE, WIDE, panels, panels_height
+from triderm_dist.report.style import GRAY, PALETTE, WIDE, panel_title, panels, panels_height
 
 HERE = "in this data set"
 CURVE = np.geomspace(0.005, 0.6, 40)
@@ -69,7 +69,7 @@ def _curves(points: list[OperatingPoint]) -> Figure:
             axes.minorticks_off()
             axes.set_ylim(0, 1.02)
             axes.set_yticks([0, 0.5, 1])
-            axes.set_title(group[0].target.name)
+            panel_title(axes, group[0].target.name)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
         figure.supxlabel("prevalence", fontsize=10)
         figure.supylabel("predictive value", fontsize=10)
