@@ -202,10 +202,10 @@ class Predictor:
                 continue
             encoder = model.encoders.get(view)
             if encoder is None:
-                inputs.append(pixels.turned(model.preprocessing, view, transforms))
+                inputs.append(pixels.transformed(model.preprocessing, view, transforms))
                 continue
             if (id(encoder), view) not in encoded:
-                encoded[id(encoder), view] = encoder(pixels.turned(model.preprocessing, view, transforms))
+                encoded[id(encoder), view] = encoder(pixels.transformed(model.preprocessing, view, transforms))
             inputs.append(encoded[id(encoder), view])
         return inputs
 
@@ -227,7 +227,7 @@ class _Pixels:
     def __init__(self, canvases: dict[str, Tensor]) -> None:
         self.canvases = canvases
         self._upright: dict[tuple[Preprocessing, str], Tensor] = {}
-        self._turned: dict[tuple[Preprocessing, str], tuple[Sequence[int], Tensor]] = {}
+        self._transformed: dict[tuple[Preprocessing, str], tuple[Sequence[int], Tensor]] = {}
 
     def upright(self, preprocessing: Preprocessing, view: str) -> Tensor:
         key = preprocessing, view
@@ -235,14 +235,14 @@ class _Pixels:
             self._upright[key] = preprocessing(self.canvases[view], view)
         return self._upright[key]
 
-    def turned(self, preprocessing: Preprocessing, view: str, transforms: Sequence[int]) -> Tensor:
+    def transformed(self, preprocessing: Preprocessing, view: str, transforms: Sequence[int]) -> Tensor:
         """Return the pixels under each transform, one after the other, (len(transforms) * B, 3, size, size)."""
         key = preprocessing, view
-        if key not in self._turned or self._turned[key][0] != transforms:
+        if key not in self._transformed or self._transformed[key][0] != transforms:
             upright = self.upright(preprocessing, view)
-            turned = torch.cat([dihedral(upright, each) for each in transforms])
-            self._turned[key] = transforms, turned.contiguous(memory_format=torch.channels_last)
-        return self._turned[key][1]
+            transformed = torch.cat([dihedral(upright, each) for each in transforms])
+            self._transformed[key] = transforms, transformed.contiguous(memory_format=torch.channels_last)
+        return self._transformed[key][1]
 
 
 def _split(outputs: Outputs, parts: int) -> list[Outputs]:
