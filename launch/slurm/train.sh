@@ -6,7 +6,9 @@
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8_ddp \
 #       data.shards=SHARED/shards output=SHARED/run \
 #       train.global_batch=1536 train.micro_batch=96 train.gradient_precision=bf16
-#   LAUNCHER=deepspeed_zero2 sbatch ... (the same)
+#   LAUNCHER=deepspeed_zero2 sbatch ... (the same) only=trimodal train.ema_decay=0
+#
+# DeepSpeed keeps no averaged weights, and no running statistics of trained batch norms (dual_cnn) in bf16.
 #
 # Shards and output are in folders that every node sees. train.global_batch is ranks x train.micro_batch x accumulation
 # steps. Over one network card a node, few lesions a GPU are no faster than one GPU: docs/clusters.md has the fewest that
