@@ -200,17 +200,18 @@ def _measured_peaks(
     network = network.to(device)
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(device, graphed):
-        wrapped, prepared, optimizer = parallel.wrap(
+        prepared = parallel.wrap(
             accelerator,
             network,
             partial(build_optimizer, config=config.optim),
             config.activation_checkpointing,
             config.compile,
         )
+    wrapped, _, optimizer = prepared
     average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
     loss = CompoundLoss(config.loss, model.head, np.ones(len(index.diagnoses))).to(device)
     guard = NonFiniteGuard(accelerator, optimizer)
-    step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
+    step = build_step(accelerator, prepared, loss, config, guard, graphed)
     side = next(iter(network.towers.values())).input_shape[-1]  # type: ignore[index]
     source = PhotoSource(index, int(side), (0.5,) * 3, (0.5,) * 3, config.augment)
     loaders = LoaderFactory(index, source, 1, data.prefetch)

@@ -274,15 +274,16 @@ def training_step(
     build = partial(build_optimizer, config=config.optim)
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(accelerator.device, graphed):
-        wrapped, prepared, optimizer = parallel.wrap(
+        prepared = parallel.wrap(
             accelerator, network, build, config.activation_checkpointing, config.compile, config.gradient_precision
         )
+    wrapped, _, optimizer = prepared
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     heads = 1 + len(task.views)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(task.diagnoses)), heads).to(device)
     guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(wait=DataWait(device))
-    train_step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
+    train_step = build_step(accelerator, prepared, loss, config, guard, graphed)
     meter = ThroughputMeter(0, 100_000, ranks * lesions, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, lines=TrainLines(100_000, 1, loss.names)).__enter__()

@@ -19,7 +19,7 @@ def test_trainings_are_equal_bit_for_bit(kind: str, precision: str, shards: Path
             trainer = create_trainer(experiment, shards, tmp_path / name)
             assert torch.are_deterministic_algorithms_enabled()
             losses = take_steps(trainer, batches(trainer), 10)
-            results.append((losses, [p.detach().cpu() for p in parallel.unwrap(trainer.wrapped).parameters()]))
+            results.append((losses, [p.detach().cpu() for p in parallel.unwrap(trainer.training.wrapped).parameters()]))
     finally:
         torch.use_deterministic_algorithms(False)
     (first, weights), (second, others) = results

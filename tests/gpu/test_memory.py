@@ -46,7 +46,7 @@ def test_peak_is_within_a_tenth_of_the_estimate(words: tuple[str, ...], shards: 
     take_steps(trainer, steps, 2)
     batch = next(steps)
     steps.close()
-    trainer.wrapped.train()
+    trainer.training.wrapped.train()
     torch.cuda.reset_peak_memory_stats()
     workspaces = torch.cuda.memory_allocated() - allocated_by_tensors()
     trainer.step(batch, 2, trainer.training.sums)

@@ -46,11 +46,11 @@ def gradients_of_step(trainer: Trainer, batch: Step) -> tuple[float, dict[str, t
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
-        named = parallel.unwrap(trainer.wrapped).named_parameters()
+        named = parallel.unwrap(trainer.training.wrapped).named_parameters()
         found.update({name: p.grad.detach().cpu().clone() for name, p in named if p.grad is not None})
 
     handle = trainer.training.optimizer.register_step_pre_hook(keep)
-    trainer.wrapped.train()
+    trainer.training.wrapped.train()
     result = trainer.step(batch, 0)
     handle.remove()
     return trainer.loss.values(result.sums, result.count)["loss"], found
@@ -119,7 +119,7 @@ def test_graph_computes_what_single_kernels_compute(kind: str, precision: str, s
         words = (f"train.precision={precision}", f"train.graph={graph}", "train.optim.lr=1e-4")
         trainer = create_trainer(settings(kind, *words), shards, tmp_path)
         losses = take_steps(trainer, batches(trainer), 10)
-        weights = torch.cat([p.detach().flatten() for p in trainer.wrapped.parameters() if p.requires_grad])
+        weights = torch.cat([p.detach().flatten() for p in trainer.training.wrapped.parameters() if p.requires_grad])
         found[graph] = losses, weights
     tolerance = 1e-3 if precision == "fp32" else 2e-2
     assert found["true"][0] == pytest.approx(found["false"][0], rel=tolerance)

@@ -47,7 +47,7 @@ def test_steps_at_too_large_a_loss_scale_are_skipped(shards: Path, tmp_path: Pat
     trainer = create_trainer(settings("trimodal", *words), shards, tmp_path)
     scaler = trainer.accelerator.scaler
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**36})
-    weights = [p for p in parallel.unwrap(trainer.wrapped).parameters() if p.requires_grad]
+    weights = [p for p in parallel.unwrap(trainer.training.wrapped).parameters() if p.requires_grad]
     first = [p.detach().clone() for p in weights]
     steps = batches(trainer)
     take_steps(trainer, steps, 2)

@@ -84,7 +84,7 @@ def batches(trainer: Trainer) -> Iterator[Step]:
 
 def take_steps(trainer: Trainer, steps: Iterator[Step], count: int) -> list[float]:
     """Take `count` optimizer steps and return their losses, read after the last one."""
-    trainer.wrapped.train()
+    trainer.training.wrapped.train()
     results = []
     for _ in range(count):
         batch = next(steps)

@@ -62,6 +62,7 @@ def test_report_lists_disabled_options():
     never = model.train.model_copy(update={"augment": AugmentConfig(mixup=0.4), "epochs": 3})
     text = " ".join(format_report(*about[:2], never, *about[3:]).split())
     assert "mixup and CutMix (train.augment.unmixed_epochs: the last 3 epochs)" in text
+    assert "decay of the learning rate (train.optim.warmup_epochs: 3, all epochs)" in text
     assert format_report(*about, start=7, brief=True).splitlines() == [
         "tri fold 0",
         "  lesions    3,774 to train, 943 to validate",

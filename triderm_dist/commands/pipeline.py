@@ -238,12 +238,8 @@ def _warm_start(config: Experiment, name: str) -> list[Path]:
     """
     from triderm_dist.engine.warm_start import find_networks
 
-    model = config.models[name]
-    settings = {f"extra_towers.{number}": each.init for number, each in enumerate(model.extra_towers)}
-    if model.init:
-        settings["init"] = model.init
     try:
-        found = [each for key, init in settings.items() for each in find_networks(init, name, key)]
+        found = [each for key, init in config.models[name].inits.items() for each in find_networks(init, name, key)]
         return [each.folder / "weights.json" for each in found]
     except InputError:
         if all((config.fold_folder(name, fold) / "fold.json").is_file() for fold in range(config.data.folds)):

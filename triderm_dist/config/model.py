@@ -139,6 +139,12 @@ class ModelConfig(Section):
     )
     train: TrainConfig = TrainConfig()
 
+    @property
+    def inits(self) -> dict[str, str]:
+        """The networks of other runs that a training needs, by the name of their setting."""
+        extra = {f"extra_towers.{number}": each.init for number, each in enumerate(self.extra_towers)}
+        return extra | ({} if self.init is None else {"init": self.init})
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
         if self.width % self.heads:

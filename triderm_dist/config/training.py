@@ -125,7 +125,10 @@ class LossConfig(Section):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all diagnoses")
     logit_adjustment: float = Field(
-        0.0, ge=0, description="softmax head: tau of the training-time adjustment logits + tau * log(prior)"
+        0.0,
+        ge=0,
+        description="softmax head: tau of the training-time adjustment logits + tau * log(prior); the prior is the "
+        "share of a diagnosis among the training lesions, before sampling.kind=balanced repeats rare ones",
     )
     soft_f1_sums: Literal["exact", "previous"] = Field(
         "exact",
@@ -156,7 +159,9 @@ class OptimConfig(Section):
     layer_decay: float = Field(
         0.9, gt=0, le=1, description="factor of the learning rate per block, from the heads towards the input"
     )
-    weight_decay: float = Field(0.05, ge=0, description="weight decay of matrices; vectors and embeddings have none")
+    weight_decay: float = Field(
+        0.05, ge=0, description="weight decay of matrices; vectors, embeddings and LoRA updates have none"
+    )
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the schedule")
     warmup_epochs: float = Field(
         3.0, ge=0, description="epochs of linear warm-up of the learning rate, counted in optimizer steps"

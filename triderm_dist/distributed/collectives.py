@@ -79,6 +79,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Take the largest value of all ranks, element by element, in place and return the tensor."""
+    if is_distributed():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
     """Concatenate the tensors (n, ...) of all ranks, of equal shape, on rank 0; return None on the others."""
     if not is_distributed():

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -325,6 +325,16 @@ def _offloads(accelerator: Accelerator) -> bool:
     )
 
 
+class Prepared(NamedTuple):
+    """A wrapped network and its optimizer. optimizer: that of Accelerate, which takes the steps.  torch_optimizer: the
+    one inside it, whose learning rates schedulers set.
+    """
+
+    network: nn.Module
+    optimizer: Any
+    torch_optimizer: torch.optim.Optimizer
+
+
 def wrap(
     accelerator: Accelerator,
     network: Network,
@@ -333,10 +343,9 @@ def wrap(
     compile_blocks: bool,
     gradients: GradientPrecision = "fp32",
     bucket_mb: float = 25.0,
-) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """Return (wrapped network, optimizer prepared by Accelerate, torch optimizer inside it).
+) -> Prepared:
+    """Wrap a network, and build its optimizer.
 
-    Step the prepared optimizer; schedulers set the learning rates of the torch optimizer.
     gradients: precision in which ranks reduce them.  bucket_mb: MiB of gradients that DDP reduces at a time.
     Raises ConfigError if the result is not the strategy that the launcher asked for.
     """
@@ -363,7 +372,7 @@ def wrap(
         if chosen == "ddp":
             wrapped = _data_parallel(wrapped, accelerator, gradients, bucket_mb)
     _assert_wrapped(chosen, network, wrapped)
-    return wrapped, prepared, optimizer
+    return Prepared(wrapped, prepared, optimizer)
 
 
 def _refuse_batch_norms(accelerator: Accelerator, network: Network) -> None:

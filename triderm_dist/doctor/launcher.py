@@ -7,7 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from triderm_dist.config import find_file
 from triderm_dist.doctor.findings import Finding, try_import
@@ -15,7 +15,9 @@ from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import read_mapping, untyped
 
-Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
+if TYPE_CHECKING:
+    from triderm_dist.distributed.parallel import Strategy
+
 SHARDING: dict[str, Strategy] = {"DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
 """Strategies by `distributed_type`; others are single or DDP."""
 DEFAULT_PORT = 29500

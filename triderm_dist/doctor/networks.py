@@ -6,13 +6,16 @@ import os
 import socket
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.doctor.findings import GIB, Finding, try_import
-from triderm_dist.doctor.launcher import Strategy
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
+
+if TYPE_CHECKING:
+    from triderm_dist.distributed.parallel import Strategy
 
 USABLE, USABLE_BY_GRAPH, CONTEXT = 0.92, 0.8, 1.0
 """Usable share of a GPU's memory, considering fragmentation, for eager steps and for CUDA graphs, which keep a memory
@@ -144,13 +147,10 @@ def _tower(name: str, model: ModelConfig) -> Finding:
 
 def _init(name: str, model: ModelConfig) -> list[Finding]:
     """Name the networks from which a training may start, and those of the extra towers; [] without either."""
-    settings = {f"extra_towers.{number}": each.init for number, each in enumerate(model.extra_towers)}
-    if model.init:
-        settings = {"init": model.init, **settings}
-    if settings and try_import("torch") is None:
-        return [Finding(f"{name}: {key}", f"{init}; not checked without torch") for key, init in settings.items()]
+    if try_import("torch") is None:
+        return [Finding(f"{name}: {key}", f"{init}; not checked without torch") for key, init in model.inits.items()]
     findings = []
-    for key, init in settings.items():
+    for key, init in model.inits.items():
         from triderm_dist.engine.warm_start import find_networks
 
         title = f"{name}: {key}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
@@ -23,7 +22,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.distributed.collectives import is_distributed
+from triderm_dist.distributed.collectives import all_reduce_max
 from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.engine.finite import NonFiniteGuard
@@ -90,7 +89,8 @@ def measure(
     try:
         run(warm_up)
         fitting = round(seconds / (run(PROBE) / PROBE))
-        total = _all_reduce_max(min(max(PROBE, fitting), MAX_STEPS - warm_up - PROBE), accelerator.device)
+        wanted = min(max(PROBE, fitting), MAX_STEPS - warm_up - PROBE)
+        total = int(all_reduce_max(torch.tensor(wanted, device=accelerator.device)))
         meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, compute)
         meter.start(loader, 0)
         elapsed = run(total)
@@ -115,16 +115,15 @@ def _build(
     config = model.train
     build = partial(build_optimizer, config=config.optim)
     with on_graph_stream(accelerator.device, graphed):
-        wrapped, prepared, optimizer = wrap(
+        prepared = wrap(
             accelerator, network, build, config.activation_checkpointing, config.compile,
             config.gradient_precision, config.bucket_mb,
         )  # fmt: skip
     signature = loaders.index.signature
     counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
     loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)
-    guard = NonFiniteGuard(accelerator, optimizer)
-    step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
-    return wrapped, step, guard
+    guard = NonFiniteGuard(accelerator, prepared.torch_optimizer)
+    return prepared.network, build_step(accelerator, prepared, loss, config, guard, graphed), guard
 
 
 def _endless_loader(config: TrainConfig, loaders: LoaderFactory, accelerator: Accelerator, seed: int) -> Loader:
@@ -133,14 +132,6 @@ def _endless_loader(config: TrainConfig, loaders: LoaderFactory, accelerator: Ac
     plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
     return loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment, seed=seed)
-
-
-def _all_reduce_max(steps: int, device: torch.device) -> int:
-    """Return the largest number of all ranks."""
-    number = torch.tensor(steps, device=device)
-    if is_distributed():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
 
 
 def synthetic_shards(folder: Path, lesions: int, short_side: int, task: Task | None = None) -> ShardIndex:

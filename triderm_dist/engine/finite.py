@@ -36,8 +36,9 @@ class NonFiniteGuard:
     `before_step` tests the gradient norm, which is equal on all ranks, and sets a flag on the device. Fused optimizers
     (`fused=True` in PyTorch) read the flag as `found_inf`, the flag of the loss scaler: after the first bad step no
     step changes anything, and the host reads the flag only in `check`, before it logs, saves or validates. For other
-    optimizers, and for DeepSpeed, which synchronizes anyway, the host reads the flag before every step. In both cases
-    weights, checkpoints and scores remain those of the last good step.
+    optimizers the host reads the flag before every step. In both cases weights, checkpoints and scores remain those of
+    the last good step. DeepSpeed steps inside the last backward pass: there the host reads the flag after every step,
+    and checkpoints and scores remain those of the last good step.
 
     Under fp16 the loss scaler handles infinite gradients: it skips the step and lowers the scale. The flag is then set
     by non-finite loss sums, which follow from non-finite outputs, and `check` also raises for a scale below 1.

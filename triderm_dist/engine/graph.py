@@ -20,12 +20,11 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
-from triderm_dist.distributed.parallel import strategy_of, unwrap
+from triderm_dist.distributed.parallel import Prepared, strategy_of, unwrap
 from triderm_dist.engine.capture import (
     WARM_UP_PER_SHAPE,
     BatchBuffers,
@@ -103,17 +102,15 @@ def warm_up_steps(accelerator: Accelerator) -> int:
 
 def build_step(
     accelerator: Accelerator,
-    network: nn.Module,
-    prepared: torch.optim.Optimizer,
-    optimizer: torch.optim.Optimizer,
+    prepared: Prepared,
     loss: CompoundLoss,
     config: TrainConfig,
     guard: NonFiniteGuard,
     graphed: bool,
 ) -> TrainStep | GraphedStep:
-    """Build the training step. network, prepared, optimizer: as `parallel.wrap` returned them in `on_graph_stream`."""
-    step = TrainStep(accelerator, network, prepared, loss, config, guard)
-    return GraphedStep(step, optimizer, required=config.graph is True) if graphed else step
+    """Build the training step. prepared: as `parallel.wrap` returned it in `on_graph_stream`."""
+    step = TrainStep(accelerator, prepared.network, prepared.optimizer, loss, config, guard)
+    return GraphedStep(step, prepared.torch_optimizer, required=config.graph is True) if graphed else step
 
 
 class GraphedStep:

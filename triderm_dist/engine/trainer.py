@@ -21,8 +21,8 @@ from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.distributed.full_state import frozen_parameters, untrained_tensors
-from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
+from triderm_dist.distributed.full_state import Tensors, frozen_parameters, untrained_tensors
+from triderm_dist.distributed.parallel import Prepared, check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoint, Checkpoints, Training, TrainState
 from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
@@ -141,10 +141,11 @@ class Trainer:
             why_no_graph="" if graphed else why_graph, padding=self.epochs.padding, expectation=self.expectation,
         )  # fmt: skip
         accelerator.print(report, flush=True)
-        self.training, prepared = self._wrap(network, saved, graphed)
-        self.wrapped, optimizer = self.training.wrapped, self.training.optimizer
-        self.guard = NonFiniteGuard(accelerator, optimizer)
-        self.step = build_step(accelerator, self.wrapped, prepared, optimizer, self.loss, config, self.guard, graphed)
+        untrained = untrained_tensors(network)
+        prepared = self._wrap(network, graphed)
+        self.training = self._begin_or_resume(prepared, untrained, saved)
+        self.guard = NonFiniteGuard(accelerator, prepared.torch_optimizer)
+        self.step = build_step(accelerator, prepared, self.loss, config, self.guard, graphed)
         state, total = self.training.state, sum(epoch_steps)
         self._speed: tuple[float, float] | None = None  # GiB and lesions/s at the last log line
         self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, compute)
@@ -157,28 +158,29 @@ class Trainer:
         half, strategy = self.accelerator.mixed_precision != "no", strategy_of(self.accelerator)
         return expect(network, self.config, compute, half, strategy, self.data.loaders.index.canvas)
 
-    def _wrap(
-        self, network: Network, saved: Checkpoint | None, graphed: bool
-    ) -> tuple[Training, torch.optim.Optimizer]:
-        """Wrap the network, and restore the checkpoint `saved`, whose weights the network has.
-
-        Returns the training, and its optimizer prepared by Accelerate. graphed: steps are CUDA graphs.
-        """
-        config, accelerator = self.config, self.accelerator
-        untrained = untrained_tensors(network)
-        with on_graph_stream(accelerator.device, graphed):
-            wrapped_network, prepared, optimizer = wrap(
-                accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
+    def _wrap(self, network: Network, graphed: bool) -> Prepared:
+        """Wrap the network. graphed: steps are CUDA graphs."""
+        config = self.config
+        with on_graph_stream(self.accelerator.device, graphed):
+            return wrap(
+                self.accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
                 config.gradient_precision, config.bucket_mb,
             )  # fmt: skip
+
+    def _begin_or_resume(self, prepared: Prepared, untrained: Tensors, saved: Checkpoint | None) -> Training:
+        """Return a training at its first step, or at that of the checkpoint `saved`, whose weights the network has.
+
+        untrained: see `Training`.
+        """
+        config, optimizer = self.config, prepared.torch_optimizer
         scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
-        average = _average(wrapped_network, config)
-        training = Training(wrapped_network, optimizer, scheduler, average, TrainState(), untrained)
+        average = _average(prepared.network, config)
+        training = Training(prepared.network, optimizer, scheduler, average, TrainState(), untrained)
         if saved:
-            saved.load_training(accelerator, training)
+            saved.load_training(self.accelerator, training)
             if changes := self.checkpoints.describe_changes(saved):
-                accelerator.print(wrapped(f"{self.name}: {changes}"), flush=True)
-        return training, prepared
+                self.accelerator.print(wrapped(f"{self.name}: {changes}"), flush=True)
+        return training
 
     def _build_tracker(self, display: Display, steps: int, has_flops: bool) -> Tracker:
         """Return the tracker of a training of `steps` steps, which shows the MFU if it has FLOPs to compute it from."""
@@ -224,7 +226,7 @@ class Trainer:
                 loader = self.epochs.loader(state, self.accelerator)
                 self.meter.start(loader, state.step)
                 mixing = self.epochs.mixing(state)
-                self.wrapped.train()
+                self.training.wrapped.train()
                 for batch in loader:
                     if mixing:
                         batch = replace(batch, micro_batches=[mixing(each) for each in batch.micro_batches])
@@ -315,7 +317,7 @@ class Trainer:
     def _validate(self, stop: Stop) -> dict[str, float]:
         data = self.data
         validation = evaluate(
-            self.wrapped, data.loaders, data.validation_rows, self.accelerator,
+            self.training.wrapped, data.loaders, data.validation_rows, self.accelerator,
             micro_batch=self.config.micro_batch, after_batch=stop.check, run=self.step.forward, names=("logits",),
         )  # fmt: skip
 

@@ -153,6 +153,10 @@ def _off(accelerator: Accelerator, config: TrainConfig, why_no_graph: str) -> li
         off.append(f"loss scaling (only fp16 needs it, not {accelerator.mixed_precision.replace('no', 'fp32')})")
     if config.augment.mixes and config.augment.unmixed_epochs >= config.epochs:
         off.append(f"mixup and CutMix (train.augment.unmixed_epochs: the last {config.augment.unmixed_epochs} epochs)")
+    if config.optim.warmup_epochs >= config.epochs:
+        off.append(
+            f"decay of the learning rate (train.optim.warmup_epochs: {config.optim.warmup_epochs:g}, all epochs)"
+        )
     if config.loss.soft_f1_sums == "previous":
         off.append("exact loss sums over the global batch (train.loss.soft_f1_sums=previous)")
     return off

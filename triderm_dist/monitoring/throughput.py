@@ -6,9 +6,9 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 
 from triderm_dist.data.loader import Loader
+from triderm_dist.distributed.collectives import all_reduce_max
 from triderm_dist.monitoring.flops import TrainingCompute
 
 GIB = 2**30
@@ -47,9 +47,7 @@ class ThroughputMeter:
         seconds, steps = now - self._last, step - self._last_step
         lesions_per_s = steps * self.global_batch / seconds
         largest = torch.tensor([loader.wait.take() / seconds, peak_memory(self.device)], device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        data_wait, memory = largest.tolist()
+        data_wait, memory = all_reduce_max(largest).tolist()
         left = (now - self._started) / (step - self._first_step) * (self.total_steps - step)
         self.start(loader, step)
         values = {"lesions_per_s": lesions_per_s, "data_wait": data_wait, "memory_gib": memory, "seconds_left": left}
