@@ -56,7 +56,8 @@ def test_init_describes_criteria_as_concepts_and_rounds_ranges_up(tmp_path: Path
             "dx": ("x", "y")[number % 2],
             "streaks": ("absent", "irregular")[number % 2],
             "veil": ("Absent", "grey")[number % 2],
-            "width_mm": number,
+            "width_mm": number // 2 * 2,
+            "row": number,
             "family_history": ("yes", "no")[number % 3 == 0],
             "waist": "wide" if number == 30 else number,
             "stage": ("I", "II", "early", "late")[number % 4],
@@ -73,6 +74,8 @@ def test_init_describes_criteria_as_concepts_and_rounds_ranges_up(tmp_path: Path
     assert '#   waist: numbers apart from "wide"; a field, if these are listed in missing_words' in text
     assert "#   stage: each of its words has one diagnosis only; finer labels (fine)?" in text
     assert "family_history" in [each.name for each in task.fields]
+    assert "#   row: a running number; the id of the lesion (lesion_id)?" in text
+    assert "# Inputs besides the photos; remove what is not known before the diagnosis.\nfields:\n" in text
     assert "#   histology: it may follow from the diagnosis" in text
 
 
@@ -108,7 +111,7 @@ def test_check_lists_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(DataError, match="row 2: unknown sex 'woman'"):
         main(["check", str(folder), f"task={tmp_path / 'own.yaml'}"])
     shown = capsys.readouterr().out
-    assert "59 lesions in 30 groups" in shown and "problem: " in shown and "more problem" not in shown
+    assert "59 lesions without a problem in 30 groups" in shown and "problem: " in shown and "more problem" not in shown
     rows = [line.split() for line in shown.splitlines()]
     assert ["age", "AGE", "number", "0", "0"] in [row[:5] for row in rows]
     assert ["sex", "sex", "category", "0", "1"] in [row[:5] for row in rows]

@@ -109,7 +109,8 @@ def check(folder: Path, setting: str | None) -> None:
     print()
     photos = {view: sum(lesion.images[view] is not None for lesion in dataset.lesions) for view in task.view_names}
     groups = Counter(lesion.group for lesion in dataset.lesions)
-    print(f"{len(dataset.lesions)} lesions in {len(groups)} groups, the largest of {max(groups.values(), default=0)}")
+    lesions = f"{len(dataset.lesions)} lesions{' without a problem' if dataset.problems else ''}"
+    print(f"{lesions} in {len(groups)} groups, the largest of {max(groups.values(), default=0)}")
     print("photos: " + ", ".join(f"{count} {view}" for view, count in photos.items()))
     print(f"concepts: {', '.join(dataset.concepts) or 'none'}")
     for note in dataset.notes:

@@ -26,6 +26,8 @@ MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100
 LEAST_ROWS = 4
 """Rows per word, on average, of a column of which each word has one diagnosis only, to take that for no chance."""
+MIN_COUNTED = 20
+"""Rows above which numbers that occur once each, without a gap, are taken for a running number."""
 MAX_WORDS = 3
 """Texts that are no numbers in a column of numbers, which may mean a missing value."""
 _LIKELY = {
@@ -94,7 +96,8 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         images.sort(key=lambda name: _DERMOSCOPIC.search(name) is not None)
         view, views = None, ["  - {name: clinical, title: close-up}", "  - {name: dermoscopic, title: dermoscopy}"]
         image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
-    columns = _identifying_columns(table, unused, given, several_views=bool(view) or len(images) == 2)
+    what = "row" if len(images) == 2 else "photo"
+    columns = _identifying_columns(table, unused, given, what, several_views=bool(view) or len(images) == 2)
     diagnosis, diagnoses = _diagnoses(table, unused, given)
     finer = {name for name in unused if diagnosis and _implies_diagnosis(table, name, diagnosis)}
     plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
@@ -126,17 +129,24 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
 
 
 def _identifying_columns(
-    table: Table, unused: dict[str, _Column], given: Mapping[str, str], several_views: bool
+    table: Table, unused: dict[str, _Column], given: Mapping[str, str], what: str, several_views: bool
 ) -> dict[str, str]:
-    """Remove the columns of groups and lesions from `unused`; return their YAML lines, by key of `columns`."""
-    group, lesion, several = _take(unused, "group", given), _take(unused, "lesion_id", given), ""
+    """Remove the columns of groups and lesions from `unused`; return their YAML lines, by key of `columns`.
+
+    what: `row` or `photo`, of which each is a lesion without a column of lesions.
+    """
+    group, lesion, several = (
+        _take(unused, "group", given),
+        _take(unused, "lesion_id", given),
+        f"every {what} is a lesion",
+    )
     if lesion and not several_views and len(set(table.cells[lesion].to_pylist())) < len(table):
         # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
         several = f"CHECK: every photo is a lesion; if a column tells the views of a {lesion}, name it: view=COLUMN"
         group, lesion = group or lesion, None
     no_group = "null # CHECK: no column of patients was found; lesions of one patient may be in several folds"
     return {
-        "lesion_id": f"  lesion_id: {_text(lesion)}" + ("" if lesion else f" # {several or 'every photo is a lesion'}"),
+        "lesion_id": f"  lesion_id: {_text(lesion)}" + ("" if lesion else f" # {several}"),
         "group": f"  group: {_text(group)} # never split over folds" if group else f"  group: {no_group}",
     }
 
@@ -156,10 +166,11 @@ def _input_lines(unused: dict[str, _Column], finer: set[str]) -> list[str]:
     """
     concepts = _concept_prefix(unused) or _criteria(unused)
     fields, not_used = _fields(unused, finer)
+    about = "# Inputs besides the photos; remove what is not known before the diagnosis."
     why = "# Columns that are left out; add a field for what is known before the diagnosis:"
     return [
         *(["", *concepts] if concepts else []),
-        *(["", "fields:", *fields] if fields else []),
+        *(["", about, "fields:", *fields] if fields else []),
         *(["", why, *not_used] if not_used else []),
     ]
 
@@ -365,6 +376,8 @@ def _fields(unused: Mapping[str, _Column], finer: set[str]) -> tuple[list[str], 
             not_used.append(f"#   {column.name}: it has no name")
         elif len(counts) < 2:
             not_used.append(f"#   {column.name}: {'always the same' if counts else 'empty'}")
+        elif _is_running_number(column):
+            not_used.append(f"#   {column.name}: a running number; the id of the lesion (lesion_id)?")
         elif len(column.numbers) > 8:
             low, high = 0.0 - _above(-min(0.0, *column.numbers)), _above(max(column.numbers))
             high = 120 if name.startswith("age") and max(column.numbers) <= 120 else high
@@ -379,6 +392,12 @@ def _fields(unused: Mapping[str, _Column], finer: set[str]) -> tuple[list[str], 
             continue
         names.add(name)
     return fields, not_used
+
+
+def _is_running_number(column: _Column) -> bool:
+    """Return whether a column counts its rows: whole numbers, each once, without a gap."""
+    numbers, rows = sorted(column.numbers), column.counts.total()
+    return len(numbers) == rows > MIN_COUNTED and numbers == [numbers[0] + at for at in range(rows)]
 
 
 def _why_no_field(counts: Counter[str]) -> str:

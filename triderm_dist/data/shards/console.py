@@ -60,9 +60,10 @@ def print_problems(problems: Sequence[Problem], table: Path) -> None:
 
 def print_index(index: ShardIndex) -> None:
     """Print the lesions of each diagnosis, notes, and what was read, converted, dropped and packed."""
-    for diagnosis, count in index.counts().items():
-        if count:
-            print(f"  {diagnosis:<10} {count:>7}")
+    counts = {diagnosis: count for diagnosis, count in index.counts().items() if count}
+    width = max(10, *map(len, counts)) if counts else 0
+    for diagnosis, count in counts.items():
+        print(f"  {diagnosis:<{width}} {count:>7}")
     size = sum(shard.bytes for shard in index.shards)
     dropped = len({problem.lesion_id for problem in index.problems} - {""})
     text = f", {dropped} dropped" if dropped else ""
@@ -79,4 +80,5 @@ def print_index(index: ShardIndex) -> None:
     for what, line in rows:
         print(wrapped(f"{what:<10} {line}", " " * 11))
     where = index.remote.store.shown("").rstrip("/") if index.remote else index.folder
-    print(wrapped(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {where}"))
+    packed = f"{counted(len(index), 'lesion')}{text}, {counted(len(index.shards), 'shard')}"
+    print(wrapped(f"{packed}, {size / 1e6:.1f} MB in {where}"))
