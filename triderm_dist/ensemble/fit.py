@@ -326,13 +326,18 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
         weights = f"the ensemble has fitted weights: they beat {other} with {fitted} nested, on these lesions"
     else:
         weights = f"the ensemble is the plain mean: fitted weights ({fitted}) do not beat {other} nested"
-    compared = f"the ensemble {_beats(f'its best network, {network} ({scores[network]:.3f}),', choice.over_network)}"
+    # Of the ensemble, whose weights are chosen in each fold on the other folds, so that it may equal no row.
+    own = scores[network] + choice.over_network.value
+    compared = f"the ensemble, with the weights of each fold chosen on the other folds ({own:.3f}), "
+    compared += _beats(f"its best network, {network} ({scores[network]:.3f}),", choice.over_network)
     if choice.over_stacker:
         compared += f"; it {_beats('the stacker', choice.over_stacker)}"
     if use != AUTO:
         what = "the ensemble" if use == ENSEMBLE else use
         return [weights, f"as ensemble.use says, {what} predicts; {compared}"]
-    nested = f"this choice was made on these lesions; made in each fold on the other folds, {choice.nested_score:.3f}"
+    nested = (
+        f"this choice was made on these lesions; in each fold on the other folds, it scores {choice.nested_score:.3f}"
+    )
     if choice.used == network:
         return [weights, f"one model predicts: {network}; {compared}; {nested}"]
     return [weights, f"the ensemble predicts; {compared}; {nested}"]
