@@ -204,5 +204,5 @@ def test_doctor_names_the_networks(sets, other):
 
 
 def test_tower_that_trains_has_none_beside_it(tmp_path):
-    with pytest.raises(ConfigError, match="extra_towers stand beside a frozen tower"):
+    with pytest.raises(ConfigError, match="extra_towers are joined with a frozen tower"):
         load(Experiment, None, ["models.m={extra_towers: [{init: x}]}"])

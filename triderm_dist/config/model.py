@@ -154,7 +154,7 @@ class ModelConfig(Section):
         if self.tower.cache_frozen_blocks and not self.tower.frozen and self.train.augment.cutmix:
             raise ValueError("cutmix mixes pixels, and with tower.cache_frozen_blocks there are none; use mixup")
         if self.extra_towers and not self.tower.frozen:
-            raise ValueError("extra_towers stand beside a frozen tower; set tower.frozen")
+            raise ValueError("extra_towers are joined with a frozen tower; set tower.frozen")
         if self.head == "sigmoid" and self.train.loss.logit_adjustment:
             raise ValueError("logit_adjustment works with head=softmax only")
         if self.head == "softmax" and self.train.loss.alpha is not None:
@@ -207,10 +207,10 @@ def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
             result[further] = model.model_copy(update={"seeds": 0})
         if model.seeds > 1 and (mean := mean_of_seeds(name)) in models:
             raise ValueError(f"{mean!r} is a model, and the name of the mean of the seeds of {name!r}; rename one")
-    if alone := sorted(set(models) - set(result)):
-        base = models.get(alone[0].rpartition("-s")[0])
+    if without_model := sorted(set(models) - set(result)):
+        base = models.get(without_model[0].rpartition("-s")[0])
         if base is None or not base.seeds:
-            raise ValueError(f"{alone[0]}.seeds: write 1 or more")
+            raise ValueError(f"{without_model[0]}.seeds: write 1 or more")
     return result
 
 

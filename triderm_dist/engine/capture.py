@@ -35,7 +35,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @lru_cache
 def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream for what runs beside `capture_stream` in a graph."""
+    """Return the stream for kernels of a graph that run at the same time as those of `capture_stream`."""
     return torch.cuda.Stream(device)
 
 

@@ -76,7 +76,7 @@ def _choose(network: Network, micro_batch: int, folder: Path) -> tuple[str, str]
             return kept.precision, f"{kept.reason}; kept in {FILE}"
     except FileNotFoundError:
         if any(folder.glob("*/fold.json")) or any(folder.glob("*/checkpoints/*")):
-            return "fp32", "no GPU; as the trainings that are here"
+            return "fp32", "no GPU; as the earlier trainings of this run"
     except DamagedFile as error:
         raise CheckpointError(f"{file}: {error}; delete it, and set train.precision") from None
     if not has_bf16():

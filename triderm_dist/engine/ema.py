@@ -43,7 +43,7 @@ class WeightAverage:
             self._swap()
 
     def state(self) -> Tensors:
-        """Return the full averages by parameter name, on rank 0 alone; call on all ranks."""
+        """Return the full averages by parameter name, on rank 0 only; call on all ranks."""
         return host_tensors(self._mean.items())
 
     @torch.no_grad()

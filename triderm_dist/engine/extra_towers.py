@@ -79,7 +79,7 @@ def join_towers(
                 "networks": [one.weights for one in each.start.networks], "logits": each.config.logits,
             }
         )  # fmt: skip
-    report = "; ".join([tower.report, *(f"beside it {each.tower.report}" for each in parts[1:])])
+    report = "; ".join([tower.report, *(f"joined with {each.tower.report}" for each in parts[1:])])
     joined = JoinedTower(parts, report)
     return TowerRecord.of(joined, model.tower, tower_hash(joined)), joined, described
 

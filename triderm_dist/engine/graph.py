@@ -175,9 +175,9 @@ class GraphedStep:
 
     def _capture(self, compute: Callable[[], Computed]) -> Captured[Computed]:
         # DDP accumulates the gradients of both towers on one stream, which would wait for the other in each block.
-        device, alone = self.eager.accelerator.device, strategy_of(self.eager.accelerator) == "single"
+        device, single = self.eager.accelerator.device, strategy_of(self.eager.accelerator) == "single"
         network = cast("Network", unwrap(self.eager.wrapped))
-        with network.towers_on_two_streams(second_stream(device) if alone else None):
+        with network.towers_on_two_streams(second_stream(device) if single else None):
             return Captured(compute, device)
 
 

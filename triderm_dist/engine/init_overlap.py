@@ -157,15 +157,15 @@ def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[lis
     notes, sets = [], []
     try:
         other = load_run(Experiment, network.run)
-        places = [other.train_shards, *(each.shards for each in other.data.extra_sets.values())]
+        shards = [other.train_shards, *(each.shards for each in other.data.extra_sets.values())]
     except ConfigError as error:
         notes.append(f"{error}; the photos of its training set are not compared")
-        places = [""]
-    for number, place in enumerate(places):
+        shards = [""]
+    for number, where in enumerate(shards):
         try:
-            index = open_index(place, experiment.data.remote) if place else None
+            index = open_index(where, experiment.data.remote) if where else None
         except DataError:
-            notes.append(f"{place}, on which {network.run} was trained, is not there; its photos are not compared")
+            notes.append(f"{where}, on which {network.run} was trained, is not there; its photos are not compared")
             index = None
         if index is not None:
             ids, groups = _names(index)

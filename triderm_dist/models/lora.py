@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): train a product of two small matrices beside each frozen weight of a tower's blocks.
+"""LoRA (Hu et al. 2021): train a product of two small matrices, added to each frozen weight of a tower's blocks.
 
 A weight W (out, in) becomes W + alpha / rank * B A, with A (rank, in) drawn as PyTorch draws that of a linear layer and
 B (out, rank) of zeros, so that training begins at the pretrained tower. It replaces the weight wherever the layer uses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from triderm_dist.config import LoraConfig
     from triderm_dist.models.tower import Tower
 
-_PLACE, _ORIGINAL = "parametrizations.", ".original"
+_PARAMETRIZED, _ORIGINAL = "parametrizations.", ".original"
 
 
 class LowRank(nn.Module):
@@ -50,24 +50,24 @@ def add_lora(tower: Tower, config: LoraConfig) -> None:
 
     Raises ConfigError where these blocks have no matrix among `config.targets`, or all are of a lower rank.
     """
-    places = [
+    matrices = [
         (module, name)
         for block in tower.trained_blocks
         for path, module in block.named_modules()
         for name in ("weight", "in_proj_weight")
         if _target(path, module, name) in config.targets
     ]
-    if not places:
+    if not matrices:
         raise ConfigError(
             f"tower.lora: {tower.architecture} has no {' or '.join(config.targets)} layer in a block that is not frozen"
         )
-    largest = max(min(getattr(module, name).shape) for module, name in places)
+    largest = max(min(getattr(module, name).shape) for module, name in matrices)
     if config.rank > largest:
         raise ConfigError(
             f"tower.lora.rank: {config.rank} is above the full rank of every matrix; write at most {largest}"
         )
     tower.requires_grad_(False)
-    for module, name in places:
+    for module, name in matrices:
         weight = getattr(module, name)
         parametrize.register_parametrization(module, name, LowRank(weight, config.rank, config.alpha))
 
@@ -84,11 +84,11 @@ def merge_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of the plain architecture: each product is added to its weight, as in training."""
     result = {}
     for name, tensor in weights.items():
-        before, found, place = name.rpartition(_PLACE)
+        before, found, path = name.rpartition(_PARAMETRIZED)
         if not found:
             result[name] = tensor
-        elif place.endswith(_ORIGINAL):
+        elif path.endswith(_ORIGINAL):
             at = f"{name.removesuffix(_ORIGINAL)}.0"
             parts = (weights[f"{at}.{part}"].to(tensor.device) for part in ("a", "b", "scale"))
-            result[before + place.removesuffix(_ORIGINAL)] = _sum(tensor, *parts)
+            result[before + path.removesuffix(_ORIGINAL)] = _sum(tensor, *parts)
     return result

@@ -142,15 +142,15 @@ class Tower(nn.Module):
         units = []
         for block in self.blocks:
             for unit in block.modules():
-                places = [name for name in _DROP_PATHS if hasattr(unit, name)]
+                names = [name for name in _DROP_PATHS if hasattr(unit, name)]
                 if type(unit).__name__ == "ResidualAttentionBlock":  # of open_clip, which has layer scale instead
-                    places = [name for name in ("ls_1", "ls_2") if type(getattr(unit, name)) is nn.Identity]
-                units += [(unit, places)] if places else []
+                    names = [name for name in ("ls_1", "ls_2") if type(getattr(unit, name)) is nn.Identity]
+                units += [(unit, names)] if names else []
         if not units:
             raise ConfigError(f"tower.drop_path: {self.architecture} has no branch that can be dropped; remove it")
-        for number, (unit, places) in enumerate(units):
-            for place in places:
-                setattr(unit, place, DropPath(rate * number / max(1, len(units) - 1)))
+        for number, (unit, names) in enumerate(units):
+            for name in names:
+                setattr(unit, name, DropPath(rate * number / max(1, len(units) - 1)))
 
     @property
     def trained_blocks(self) -> list[nn.Module]:
