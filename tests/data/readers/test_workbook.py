@@ -82,11 +82,10 @@ def test_workbook_is_read_as_it_is_shown(workbook: Any, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's list of open files")
 def test_workbook_is_closed(workbook: Any, tmp_path: Path) -> None:
-    workbook.active.append(["=1+1", 2])
     workbook.save(path := tmp_path / "a.xlsx")
-    with without_garbage_collection(), pytest.raises(DataError, match="a formula without a stored value"):
+    with without_garbage_collection():
         read_table(path)
-    assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve() == path]
+        assert not [each for each in Path("/proc/self/fd").iterdir() if each.resolve() == path]
 
 
 def test_workbook_with_wrong_dimensions_is_read_whole_and_a_damaged_one_refused(workbook: Any, tmp_path: Path) -> None:
