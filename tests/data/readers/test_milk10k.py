@@ -199,7 +199,7 @@ def test_training_and_test_files_in_one_folder(make_challenge: Make) -> None:
     assert len(read_challenge(training.metadata_path).lesions) == 4
     dataset = read_challenge(test.metadata_path)
     assert len(dataset.lesions) == 3 and not dataset.labeled
-    assert not any("no row" in note for note in dataset.notes)
+    assert not any("not used" in note for note in dataset.notes)
 
 
 def test_concept_scores_are_read_from_the_table(make_challenge: Make) -> None:
@@ -223,7 +223,7 @@ def test_patients_are_groups(make_challenge: Make) -> None:
     assert groups[:8] == ["P0"] * 4 + ["P1"] * 4
     assert groups[8] == challenge.metadata[16]["lesion_id"]
     challenge.metadata[1]["patient_id"] = "P7"
-    with pytest.raises(DataError, match=r"row 3: lesion IL_1000 belongs to 2 patients in patient_id; all rows need"):
+    with pytest.raises(DataError, match=r"row 3: the photos of lesion IL_1000 differ in patient_id; all rows need"):
         read_challenge(challenge.write().folder)
 
 
@@ -247,7 +247,7 @@ def test_photo_in_another_format_is_refused_by_name(make_challenge: Make, missin
     challenge = make_challenge(lesions=3)
     challenge.photo(2).unlink()
     challenge.photo(2).with_suffix(".DCM").write_bytes(bytes(128) + b"DICM")
-    what = r"row 4: no photo ISIC_5002, but \S+/ISIC_5002.DCM, a DICOM file; convert it to JPEG, PNG, "
+    what = r"row 4: isic_id: no photo ISIC_5002, but \S+/ISIC_5002.DCM, a DICOM file; convert it to JPEG, PNG, "
     with pytest.raises(DataError, match=what):
         read_challenge(challenge.folder, missing_view=missing_view)
 
@@ -259,7 +259,9 @@ def test_of_several_photos_of_one_name_that_of_the_lesion_is_taken(make_challeng
     small.write_bytes(b"a thumbnail")
     assert read_challenge(challenge.folder).lesions[1].images["clinical"] == str(challenge.photo(2))
     challenge.photo(2).rename(challenge.photo(0).with_name("ISIC_5002.jpg"))
-    with pytest.raises(DataError, match=r"row 4: several photos are named ISIC_5002: \S+ and \S+small/ISIC_5002.jpg"):
+    with pytest.raises(
+        DataError, match=r"row 4: isic_id: several photos are named ISIC_5002: \S+ and \S+small/ISIC_5002.jpg"
+    ):
         read_challenge(challenge.folder)
 
 
@@ -316,13 +318,16 @@ BROKEN = {
         lambda c: [r.pop(k) for r in c.metadata for k in list(r) if k.startswith("MONET_")],
         r"Metadata.csv: no column starts with MONET_",
     ),
-    "one photo": (lambda c: c.metadata.pop(5), r"row 6: lesion IL_1014 has one photo only, no dermoscopic one"),
-    "no photo file": (lambda c: c.photo(7).unlink(), r"row 9: no photo ISIC_5007.jpg of lesion IL_1021"),
+    "one photo": (lambda c: c.metadata.pop(5), r"row 6: lesion IL_1014 has no dermoscopic photo"),
+    "no photo file": (lambda c: c.photo(7).unlink(), r"row 9: isic_id: no photo ISIC_5007 \(.*missing_view"),
     "duplicate lesion": (lambda c: c.truth.append(c.truth[3]), r"row 24: lesion IL_1021 occurs twice.*row 5"),
-    "duplicate rows": (lambda c: c.metadata.append(c.metadata[3]), r"row 46: lesion IL_1007 has two dermoscopic"),
+    "duplicate rows": (
+        lambda c: c.metadata.append(c.metadata[3]),
+        r"row 46: photo ISIC_5003 occurs twice, first in row 5",
+    ),
     "duplicate view": (edit(3, image_type="clinical: close-up"), r"row 5: lesion IL_1007 has two clinical.*row 4"),
     "duplicate photo": (edit(3, isic_id="ISIC_5000"), r"row 5: photo ISIC_5000 occurs twice.*row 2"),
-    "no photo name": (edit(3, isic_id=""), r"row 5: isic_id is empty"),
+    "no photo name": (edit(3, isic_id=""), r"row 5: isic_id '' is empty"),
     "image type": (edit(3, image_type="overview"), r"row 5: unknown image_type 'overview'"),
     "sex": (edit(3, sex="mal"), r"row 5: unknown sex 'mal'"),
     "site": (edit(3, site="torso"), r"row 5: unknown site 'torso'"),

@@ -281,14 +281,14 @@ def test_packing_reports_all_problems(make_challenge: Make, tmp_path: Path) -> N
     challenge.truth[6].update(AKIEC=1.0)
     for row in (20, 21):
         challenge.photo(row).write_bytes(b"no photo")
-    with pytest.raises(InvalidLesions, match=r"row 10: MONET_hair '7'.*3 problems in 3 of 22 lesions.*invalid=drop"):
+    with pytest.raises(InvalidLesions, match=r"row 5: unknown site 'torso'.*3 problems in 3 of 22 lesions.*invalid=drop"):
         read_challenge(challenge.write().folder)
     dataset = read_challenge(challenge.folder, invalid="drop")
-    assert [problem.lesion_id for problem in dataset.problems] == ["IL_1028", "IL_1042", "IL_1007"]
+    assert [problem.lesion_id for problem in dataset.problems] == ["IL_1007", "IL_1028", "IL_1042"]
     with pytest.raises(InvalidLesions, match="3 problems"):
         packed(dataset, tmp_path / "out")  # packing has a separate setting
     index = packed(dataset, tmp_path / "out", invalid="drop")
-    assert [problem.kind for problem in index.problems] == ["cell", "label", "cell", "unreadable photo"]
+    assert [problem.kind for problem in index.problems] == ["cell", "cell", "label", "unreadable photo"]
     assert len(index) == 18 and not {"IL_1007", "IL_1028", "IL_1042", "IL_1070"} & set(index.lesion_ids)
     raw = json.loads((tmp_path / "out" / "index.json").read_text())
     assert raw["dropped"] == {"cell": 2, "label": 1, "unreadable photo": 1}
@@ -411,9 +411,9 @@ def test_a_copied_folder_gives_the_same_bytes_of_every_file(make_challenge: Make
         f"no {READ_FORMATS}, but a web page",
         f"truncated: {len(cut)} bytes without the end marker of a JPEG",
         "no such file",
-        "no photo ISIC_5010, but MILK10k_Training_Input/IL_1035/ISIC_5010.dcm, a DICOM file; convert it to "
+        "isic_id: no photo ISIC_5010, but MILK10k_Training_Input/IL_1035/ISIC_5010.dcm, a DICOM file; convert it to "
         f"{READ_FORMATS}, with the suffix of that format",
-        "several photos are named ISIC_5012: MILK10k_Training_Input/IL_1049/ISIC_5012.jpg and "
+        "isic_id: several photos are named ISIC_5012: MILK10k_Training_Input/IL_1049/ISIC_5012.jpg and "
         "MILK10k_Training_Input/more/ISIC_5012.jpg; keep one, or write the path in the table",
     }
 

@@ -1,31 +1,22 @@
 """Read one table and its photos into checked lesions. The task names the columns and the words in them.
 
-A row is a lesion, with a column of photos per view, or a photo, with a column that holds its view. Photos lie anywhere
-below the folder; a cell holds a photo's id, file name or path. Each distinct text of a column is parsed once, so that a
-million rows take seconds.
+Photos lie anywhere below the folder; a cell holds a photo's id, file name or path. Each distinct text of a column is
+parsed once, so that a million rows take seconds.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.dataset import Dataset, Spellings
-from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder
+from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.find_photos import PhotoFinder
 from triderm_dist.data.readers.find_table import find_table, image_columns, task_columns
-from triderm_dist.data.readers.lesion_table import LesionTable, Numbers, agreed, no_groups, no_labels
+from triderm_dist.data.readers.lesion_builder import LesionBuilder
 from triderm_dist.data.readers.parsed_columns import ParsedColumns
-from triderm_dist.data.readers.table import Table, read_table, without_garbage_collection
-from triderm_dist.data.shards.format import Text
-from triderm_dist.runtime.messages import quoted, unsafe_character
+from triderm_dist.data.readers.table import read_table, without_garbage_collection
 from triderm_dist.schema import UNLABELED, DataError, Task
 
 
@@ -42,22 +33,24 @@ def read_lesions(
     table that cannot be read at all.
     """
     path = find_table(Path(source), task)
-    columns = task.columns
     table = read_table(path, task.table).named(task_columns(task))
     table.require(image_columns(task), "; name it by columns.image in task.yaml")
     for key in ("lesion_id", "view"):
-        if name := getattr(columns, key):
+        if name := getattr(task.columns, key):
             table.require([name], f"; name it by columns.{key} in task.yaml")
     if not len(table):
         raise DataError(f"{path}: the table has no rows")
     with without_garbage_collection():
         folder = path.parent if path == Path(source) else Path(source)
         mark_missing = missing_view == "mark" and len(task.views) > 1
-        reading = _Reading(ParsedColumns(table, task), PhotoFinder([folder]), mark_missing)
-        lesions, notes, problems = reading.lesions()
-    if problems and invalid == "refuse":
+        columns = ParsedColumns(table, task)
+        columns.read_ids()
+        builder = LesionBuilder(columns, PhotoFinder([folder]), mark_missing)
+        lesions = builder.build()
+    if (problems := columns.problems) and invalid == "refuse":
         raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
-    return Dataset(task, lesions, reading.concepts, reading.columns.labeled, notes, tuple(problems), str(folder))
+    notes = builder.notes(lesions)
+    return Dataset(task, lesions, builder.concepts, columns.labeled, notes, tuple(problems), str(folder))
 
 
 def read_labels(path: Path, task: Task) -> dict[str, int]:
@@ -86,233 +79,3 @@ def inputs(source: Path, task: Task) -> list[Path]:
     """Return the table and the folder of photos."""
     table = find_table(source, task)
     return [table, table.parent if table == source else source]
-
-
-@dataclass
-class _Reading:
-    """Joins the rows of a table to lesions and finds their photos.
-
-    mark_missing: whether a lesion needs only one of its photos.
-    """
-
-    columns: ParsedColumns
-    photos: PhotoFinder
-    mark_missing: bool = False
-
-    @property
-    def table(self) -> Table:
-        return self.columns.table
-
-    @property
-    def task(self) -> Task:
-        return self.columns.task
-
-    def lesions(self) -> tuple[LesionTable, list[str], list[Problem]]:
-        """Return the valid lesions, the notes, and the problems of the other lesions."""
-        task = self.task
-        self.columns.read_ids()
-        rows, images = self._by_lesion()
-        labels = self.columns.labels()
-        groups = self.columns.groups()
-        disagree, metadata = list[tuple[int, int]](), list[Numbers]()
-        for number in range(len(task.fields)):
-            values, differ = agreed(rows, self.columns.metadata(number))
-            metadata.append(Numbers(values))
-            disagree += [(at, number) for at in differ.tolist()]
-        scores = [self._scores_of_rows(column, rows) for column in self.columns.concept_columns()]
-        concepts = [view[at] for at in range(len(scores[0])) for view in scores] if scores else []
-        for at, number in sorted(disagree):
-            self._differ(rows[at], task.fields[number].column)
-        label, differ = agreed(rows, labels, UNLABELED)
-        for at in differ.tolist():
-            self._differ(rows[at], task.columns.diagnosis or "diagnosis")
-        fine = self._fine(rows, label)
-        group, group_names = self._agreed_groups(rows, groups)
-
-        wrong = np.zeros(len(self.columns.names), bool)  # by lesion
-        wrong[self.columns.codes[list(self.columns.bad)]] = True
-        first = np.where(rows[:, 0] >= 0, rows[:, 0], rows[:, -1])
-        code = self.columns.codes[first]
-        kept = ~wrong[code]
-        absent = np.stack([column < 0 for column in images.values()], 1)
-        spellings = Spellings(self.columns.names)
-        for at in np.flatnonzero(kept & (absent.all(1) if self.mark_missing else absent.any(1))).tolist():
-            lesion_id = self.columns.names[int(code[at])]
-            what, hint = self._missing(lesion_id, absent[at]), spellings.hint(lesion_id)
-            self.columns.add_problem(int(first[at]), "missing photo", f"{what}; {hint}" if hint else what)
-            kept[at] = False
-        table = LesionTable(
-            self.columns.names if len(code) == len(self.columns.names) else self.columns.names.take(code),
-            self.photos.paths,
-            images,
-            concepts,
-            metadata,
-            label.astype(np.int16),
-            fine.astype(np.int16),
-            group_names,
-            group,
-        ).take(np.flatnonzero(kept))
-        return table, self._all_notes(table), self.columns.problems
-
-    @property
-    def concepts(self) -> tuple[str, ...]:
-        """Names of the concept scores of a lesion."""
-        prefix = self.task.concepts.prefix or ""
-        return self.task.per_lesion(column[len(prefix) :] for column in self.columns.concept_columns())
-
-    def _by_lesion(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the rows of each lesion (L, R), -1 for none, and {view: positions of the photos (L,)}."""
-        task = self.task
-        images = [self._paths(column) for column in image_columns(task)]
-        self.photos.clear()
-        own = np.arange(len(self.table), dtype=np.int32)
-        if task.row_per_photo:
-            view = self.columns.views()
-            rows = np.full((len(self.columns.names), len(task.views)), -1, np.int32)
-            place = (self.columns.codes.astype(np.int64) * len(task.views) + view)[view >= 0]
-            rows.reshape(-1)[place[::-1]] = own[view >= 0][::-1]  # the first row of several is written last
-            others = rows.reshape(-1)[place]
-            for row, other in zip(
-                own[view >= 0][others != own[view >= 0]].tolist(), others[others != own[view >= 0]], strict=True
-            ):
-                what = f"lesion {self.columns.lesion_id(row)} has two {task.view_names[view[row]]} photos"
-                earlier = self.table.numbers[int(other)]
-                self.columns.add_problem(row, "duplicate photo", f"{what}, the first in row {earlier}; keep one")
-            rows = rows[rows.max(1, initial=-1) >= 0]
-            return rows, {
-                name: np.where(rows[:, at] >= 0, images[0][rows[:, at]], -1).astype(np.int32)
-                for at, name in enumerate(task.view_names)
-            }
-        if len(self.columns.names) < len(own):
-            first = np.empty(len(self.columns.names), np.int32)
-            first[self.columns.codes[::-1]] = own[::-1]
-            for row in np.flatnonzero(first[self.columns.codes] != own).tolist():
-                other = self.table.numbers[int(first[self.columns.codes[row]])]
-                what = f"lesion {self.columns.lesion_id(row)} occurs twice, first in row {other}; keep one"
-                if isinstance(task.columns.image, str) and task.columns.lesion_id:
-                    what += ", or make every photo a lesion by columns: {lesion_id: null, group: "
-                    what += f"{task.columns.lesion_id}}} in task.yaml"
-                self.columns.add_problem(row, "duplicate lesion", what)
-        return own[:, None], dict(zip(task.view_names, images, strict=True))
-
-    def _missing(self, lesion_id: str, absent: np.ndarray) -> str:
-        """Return what is wrong with a lesion that lacks photos. absent: (V,) bool by view."""
-        if absent.all():
-            return f"lesion {lesion_id} has no photo; add one or remove its rows"
-        view = self.task.view_names[int(absent.argmax())]
-        return f"lesion {lesion_id} has no {view} photo; add it, or allow lesions with one photo by missing_view=mark"
-
-    def _paths(self, column: str) -> np.ndarray:
-        """Return the position of each row's photo (N,), -1 for an empty cell or a file that may be missing."""
-        self.columns.used.add(column)
-        found = np.full(len(self.table), -1, np.int32)
-        wrong: list[tuple[int, str, str]] = []
-        words = pa.array(["", *map(str.lower, self.task.missing_words)])
-        start = 0
-        for (cells,) in self.table.parts(column):
-            named = ~pc.is_in(pc.utf8_lower(cells), words).to_numpy(zero_copy_only=False)
-            texts = cells.to_pylist()
-            own = np.flatnonzero(named)
-            places = self.photos.find_all([texts[at] for at in own.tolist()])
-            found[start + own] = places
-            for at in own[places < 0].tolist():
-                cell, row = texts[at], start + at
-                try:
-                    if character := unsafe_character(cell):
-                        raise ValueError(f"{quoted(cell)} holds {character}; correct it")
-                    found[row] = self.photos.find(cell, self.columns.lesion_id(row))
-                except MissingPhoto as error:
-                    if not self.mark_missing:
-                        wrong.append((row, "missing photo", f"{column}: {error}"))
-                except ValueError as error:
-                    wrong.append((row, "unreadable photo", f"{column}: {error}"))
-            start += len(texts)
-        if twice := _repeated(found, len(self.photos.paths)):
-            cells = dict(zip(twice, self.columns.cells_of(column, list(twice)), strict=True))
-            for row, other in twice.items():
-                what = f"photo {cells[row]} occurs twice, first in row {self.table.numbers[other]}; remove one"
-                wrong.append((row, "duplicate photo", what))
-        for row, kind, what in sorted(wrong):
-            self.columns.add_problem(row, kind, what)
-        return found
-
-    def _agreed_groups(self, rows: np.ndarray, groups: tuple[np.ndarray, Text] | None) -> tuple[np.ndarray, Text]:
-        """Return the group of each lesion (L,), -1 for none, and the names of groups."""
-        if groups is None:
-            names, group = no_groups(len(rows))
-            return group, names
-        group, differ = agreed(rows, groups[0], -1)
-        for at in differ.tolist():
-            self._differ(rows[at], self.task.columns.group or "")
-        return group, groups[1]
-
-    def _differ(self, rows: np.ndarray, column: str) -> None:
-        row = int(rows[-1])
-        what = f"the photos of lesion {self.columns.lesion_id(row)} differ in {column}; all rows need the same"
-        self.columns.add_problem(row, "rows differ", what)
-
-    # --- columns ---
-
-    def _scores_of_rows(self, column: str, rows: np.ndarray) -> list[Numbers]:
-        """Return the scores of a concept, one column (L,) per row of a lesion."""
-        scores = self.columns.scores(column)
-        if rows.shape[1] == 1 and not self.task.row_per_photo:
-            return [Numbers(scores, rows[:, 0])]
-        return [Numbers(scores, own) for own in rows.T]
-
-    def _fine(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return the finer label of each lesion (L,), `UNLABELED` for none of the task's.
-
-        A finer label that contradicts the lesion's label (labels, (L,)) is a problem.
-        """
-        task, found = self.task, self.columns.finer_labels()
-        if task.fine is None or found is None:
-            return no_labels(len(rows))
-        contradictions: list[tuple[int, str]] = []
-        finer, differ = agreed(rows, found, UNLABELED)
-        for at in differ.tolist():
-            self._differ(rows[at], task.fine.column)
-        pairs = np.unique(np.stack([labels, finer], 1), axis=0).tolist()
-        wrong = {(label, own): why for label, own in pairs if (why := task.fine_contradiction(label, own))}
-        for (label, own), why in wrong.items():
-            for at in np.flatnonzero((labels == label) & (finer == own)).tolist():
-                contradictions.append((at, why))
-        for at, why in sorted(contradictions):
-            self.columns.add_problem(int(rows[at].max()), "label", why)
-        return finer
-
-    def _all_notes(self, lesions: LesionTable) -> list[str]:
-        """Return what was tolerated, with counts."""
-        tolerated: Counter[str] = Counter()
-        for field, column in zip(self.task.fields, lesions.metadata, strict=True):
-            missing = int(np.isnan(column.values()).sum())
-            tolerated[f"without {field.label}"] += missing if field.column in self.table.cells else 0
-        labels = Counter(dict(zip(*map(np.ndarray.tolist, np.unique(lesions.labels, return_counts=True)), strict=True)))
-        tolerated["without a diagnosis"] += labels[UNLABELED] if self.columns.labeled else 0
-        if len(self.task.views) > 1:
-            absent = np.any([column < 0 for column in lesions.images.values()], axis=0).sum()
-            tolerated["with one photo, the other view marked missing"] += int(absent)
-        notes = [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
-        if self.columns.labeled and (
-            none := [name for at, name in enumerate(self.task.diagnosis_names) if not labels[at]]
-        ):
-            notes.append(f"no lesion has the diagnosis {', '.join(none)}")
-        if unused := [name for name in self.table.header if name not in self.columns.used]:
-            notes.append(f"{self.table.path.name}: columns that are not used: {', '.join(unused)}")
-        if others := self.photos.unused:
-            notes.append(f"{others} photos are not in {self.table.path.name}")
-        return notes + self.columns.notes
-
-
-def _repeated(found: np.ndarray, photos: int) -> dict[int, int]:
-    """Return {row: first row that names the same photo} of rows that repeat a photo.
-
-    found: (N,) position of each row's photo, -1 for none.  photos: number of all photos.
-    """
-    rows = np.flatnonzero(found >= 0)
-    if len(rows) == 0:
-        return {}
-    first = np.full(photos, -1, np.int32)
-    first[found[rows][::-1]] = rows[::-1]
-    later = rows[first[found[rows]] != rows]
-    return dict(zip(later.tolist(), first[found[later]].tolist(), strict=True))

@@ -54,13 +54,22 @@ class ParsedColumns:
             ids = pa.array(map(photo_name, texts.to_pylist()), pa.string()).dictionary_encode()
             self.codes, texts = ids.indices.to_numpy()[self.codes], ids.dictionary
         self.names = Text(pa.chunked_array([texts]))
-        self.notes += spelled_alike(texts, "lesion ids")
         wrong = {code: why for code, lesion_id in enumerate(self.names) if (why := why_no_lesion_id(lesion_id))}
         for row in np.flatnonzero(np.isin(self.codes, list(wrong))).tolist() if wrong else ():
             code = int(self.codes[row])
             what = f"{name} {quoted(self.names[code])} {wrong[code]}"
             what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
             self.add_problem(row, "row", what)
+
+    def refuse_repeated_lesions(self, kind: str, advice: str) -> None:
+        """Make every row of a lesion but its first a problem."""
+        first = np.empty(len(self.names), np.int32)
+        rows = np.arange(len(self.codes), dtype=np.int32)
+        first[self.codes[::-1]] = rows[::-1]
+        for row in np.flatnonzero(first[self.codes] != rows).tolist():
+            earlier = self.table.numbers[int(first[self.codes[row]])]
+            what = f"lesion {self.lesion_id(row)} occurs twice, first in row {earlier}; {advice}"
+            self.add_problem(row, kind, what)
 
     def lesion_id(self, row: int) -> str:
         """Return the id of the lesion of a row."""

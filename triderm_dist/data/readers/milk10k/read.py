@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from triderm_dist.data.ids import why_no_id
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.dataset import Dataset, Spellings, spelled_alike
+from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.find_photos import PhotoFinder
-from triderm_dist.data.readers.lesion_table import LesionTable, no_labels
+from triderm_dist.data.readers.lesion_builder import LesionBuilder
+from triderm_dist.data.readers.lesion_table import no_labels
 from triderm_dist.data.readers.milk10k.columns import CONCEPT_PREFIX, GROUP_COLUMN, MONET_COLUMNS, UNUSED_COLUMNS
-from triderm_dist.data.readers.milk10k.labels import LabelTable, read_finer_labels, unmatched_labels
+from triderm_dist.data.readers.milk10k.labels import match_labels, read_finer_labels
 from triderm_dist.data.readers.milk10k.layout import find_parts, folder_of
-from triderm_dist.data.readers.milk10k.metadata import MetadataColumns
-from triderm_dist.data.readers.milk10k.row_checks import InvalidRow, check_lesion, check_views
-from triderm_dist.data.readers.table import Table, read_table, without_garbage_collection
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Task
+from triderm_dist.data.readers.parsed_columns import ParsedColumns
+from triderm_dist.data.readers.table import read_table, without_garbage_collection
+from triderm_dist.data.shards.format import Text
+from triderm_dist.runtime.messages import quoted
+from triderm_dist.schema import UNLABELED, DataError, Task
 from triderm_dist.tasks import load_task, milk10k_task
 
 
@@ -41,96 +43,80 @@ def read_challenge(
     task = task or milk10k_task()
     metadata_path, truth_path, photo_roots = find_parts(Path(folder))
     # Fields that a plugin or another task adds may be missing.
-    required = ("lesion_id", "isic_id", "image_type", *(field.column for field in load_task("milk10k").fields))
-    known = (*required, GROUP_COLUMN, *(field.column for field in task.fields))
-    table = read_table(metadata_path, task.table).named((*required, *known, *MONET_COLUMNS))
+    required = ("lesion_id", "isic_id", "image_type", *(each.column for each in load_task("milk10k").fields))
+    known = (*required, GROUP_COLUMN, *(each.column for each in task.fields), *MONET_COLUMNS, *UNUSED_COLUMNS)
+    table = read_table(metadata_path, task.table).named(known)
     table.require(required)
-    scores = _concept_columns(table)
+    columns = _ChallengeColumns(table, replace(task, columns=milk10k_task().columns))
+    if not columns.concept_columns():
+        raise DataError(f"{metadata_path}: no column starts with {CONCEPT_PREFIX}; the concept scores belong here")
     if not len(table):
         raise DataError(f"{metadata_path}: the table has no rows")
 
     with without_garbage_collection():
-        metadata = MetadataColumns(table, task, scores, missing_view == "mark")
-        truth = LabelTable(truth_path, task) if truth_path else None
-        labels, unknown = truth.match(metadata.names) if truth else (no_labels(len(metadata.names)), [])
-        label_problems = truth.problems if truth else []
-        where_labeled = truth.where if truth and unknown else None
-        truth = None  # frees its memory before the photos are found
-        find_photo = PhotoFinder(photo_roots)
-        metadata.find_photos(find_photo)
-        find_photo.clear()
-        finer = read_finer_labels(metadata_path, task)
-        lesions = metadata.columns(labels, finer, find_photo)
-        problems = _row_problems(metadata, find_photo, missing_view, labels, finer, label_problems)
-        find_photo.clear()
-    if problems:
-        bad = {problem.lesion_id for problem in problems}
-        lesions = lesions.take(np.array([at for at, name in enumerate(metadata.names) if name not in bad], np.int64))
-    notes = _tolerated(lesions, task, labeled=truth_path is not None)
-    notes += _notes_on_table(table, metadata, lesions, used={*known, *scores})
-    if where_labeled:
-        problems += unmatched_labels(unknown, where_labeled, metadata.names, metadata_path.name)
-    if find_photo.unused:
-        notes.append(f"{find_photo.unused} photos are not in {metadata_path.name}")
-    if problems and invalid == "refuse":
-        raise InvalidLesions(problems, metadata.lesions + len(unknown))
-    concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
-    root = str(folder_of(Path(folder)))
-    return Dataset(task, lesions, concepts, truth_path is not None, notes, tuple(problems), root)
+        columns.read_ids()
+        columns.check_photo_ids()
+        columns.used |= {*required, *UNUSED_COLUMNS}
+        label_problems = list[Problem]()
+        if truth_path:
+            columns.labels_of_lesions, label_problems = match_labels(
+                truth_path, task, columns.names, metadata_path.name
+            )
+        columns.finer = read_finer_labels(metadata_path, task)
+        builder = LesionBuilder(columns, PhotoFinder(photo_roots), missing_view == "mark")
+        lesions = builder.build()
+    if label_problems:
+        bad = {problem.lesion_id for problem in label_problems}
+        lesions = lesions.take(np.array([at for at, name in enumerate(lesions.ids) if name not in bad], np.int64))
+    if (problems := [*columns.problems, *label_problems]) and invalid == "refuse":
+        raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
+    notes, root = builder.notes(lesions), str(folder_of(Path(folder)))
+    return Dataset(task, lesions, builder.concepts, truth_path is not None, notes, tuple(problems), root)
 
 
-def _concept_columns(table: Table) -> list[str]:
-    """Return the columns of concept scores, the challenge's first: a network takes concepts by position.
+@dataclass
+class _ChallengeColumns(ParsedColumns):
+    """The columns of the metadata table, of which the labels are in other tables.
 
-    Raises DataError if there are none.
+    labels_of_lesions: (L,), None without a table of labels.  finer: the finer label by photo, of those that have one.
     """
-    scores = [column for column in table.header if column.startswith(CONCEPT_PREFIX)]
-    if not scores:
-        raise DataError(f"{table.path}: no column starts with {CONCEPT_PREFIX}; the concept scores belong here")
-    return sorted(scores, key=lambda name: MONET_COLUMNS.index(name) if name in MONET_COLUMNS else len(MONET_COLUMNS))
 
+    labels_of_lesions: np.ndarray | None = None
+    finer: Mapping[str, int] = field(default_factory=dict)
 
-def _row_problems(
-    metadata: MetadataColumns,
-    find_photo: PhotoFinder,
-    missing_view: Literal["refuse", "mark"],
-    labels: np.ndarray,
-    finer: Mapping[str, int],
-    label_problems: Sequence[Problem],
-) -> list[Problem]:
-    """Check the rows of lesions marked `unusual` one by one, and return all problems, those of labels too."""
-    problems: list[Problem] = []
-    unusual = metadata.recheck(find_photo, missing_view, problems.append) if metadata.unusual.any() else {}
-    problems += label_problems
-    spellings = Spellings(metadata.names)
-    bad = {problem.lesion_id for problem in problems}
-    for lesion_id, photos in unusual.items():
-        if lesion_id in bad:
-            continue
-        try:
-            check_views(lesion_id, photos, missing_view)
-            label = int(labels[metadata.code_of(photos)])
-            check_lesion(lesion_id, photos, label, metadata.task, GROUP_COLUMN in metadata.table.cells, finer)
-        except InvalidRow as error:
-            hint = spellings.hint(lesion_id) if error.problem.kind == "missing photo" else ""
-            problems.append(replace(error.problem, what=f"{error.problem.what}; {hint}") if hint else error.problem)
-    return problems
+    def check_photo_ids(self) -> None:
+        """Make each row without a valid id of its photo a problem; also where photos may be missing."""
+        for row, isic_id in enumerate(self._photo_ids()):
+            if wrong := why_no_id(isic_id):
+                self.add_problem(row, "row", f"isic_id {quoted(isic_id)} {wrong}")
 
+    def concept_columns(self) -> list[str]:
+        """Return the columns of concept scores, the challenge's first: a network takes concepts by position."""
+        found = [column for column in self.table.header if column.startswith(CONCEPT_PREFIX)]
+        last = len(MONET_COLUMNS)
+        return sorted(found, key=lambda name: MONET_COLUMNS.index(name) if name in MONET_COLUMNS else last)
 
-def _tolerated(lesions: LesionTable, task: Task, labeled: bool) -> list[str]:
-    """Return what was tolerated, with counts."""
-    one_photo = np.any([column < 0 for column in lesions.images.values()], axis=0)
-    tolerated: Counter[str] = Counter({"with one photo, the other view marked missing": int(one_photo.sum())})
-    for field, column in zip(task.fields, lesions.metadata, strict=True):
-        tolerated[f"without {field.label}"] += int(np.isnan(column.values()).sum())
-    tolerated["without a diagnosis"] += int((lesions.labels == UNLABELED).sum()) if labeled else 0
-    return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
+    def labels(self) -> np.ndarray:
+        """Return the label of the lesion of each row (N,), `UNLABELED` for none."""
+        self.labeled = self.labels_of_lesions is not None
+        return no_labels(len(self.table)) if self.labels_of_lesions is None else self.labels_of_lesions[self.codes]
 
+    def finer_labels(self) -> np.ndarray | None:
+        """Return the finer label of each row (N,), `UNLABELED` for none, and where the photos of a lesion differ."""
+        if not self.finer:
+            return None
+        labels = (self.finer.get(isic_id, UNLABELED) for isic_id in self._photo_ids())
+        found = np.fromiter(labels, np.int16, len(self.table))
+        known, lesions = found != UNLABELED, len(self.names)
+        low, high = np.full(lesions, np.iinfo(np.int16).max), np.full(lesions, UNLABELED)
+        np.minimum.at(low, self.codes[known], found[known])
+        np.maximum.at(high, self.codes[known], found[known])
+        found[(low < high)[self.codes]] = UNLABELED
+        return found
 
-def _notes_on_table(table: Table, metadata: MetadataColumns, lesions: LesionTable, used: set[str]) -> list[str]:
-    """Return notes on ids that are spelled alike, and on columns that are not used."""
-    notes = spelled_alike(metadata.names.column, "lesion ids")
-    notes += spelled_alike(lesions.distinct_groups()[1], GROUP_COLUMN) if GROUP_COLUMN in table.cells else []
-    if unused := [name for name in table.header if name not in used and name.lower() not in UNUSED_COLUMNS]:
-        notes.append(f"{table.path.name}: columns that are not used: {', '.join(unused)}")
-    return notes
+    def groups(self) -> tuple[np.ndarray, Text] | None:
+        """Return the patients as groups, as `ParsedColumns.groups`; the official tables have none."""
+        return super().groups() if GROUP_COLUMN in self.table.cells else None
+
+    def _photo_ids(self) -> Iterator[str]:
+        return (isic_id for (cells,) in self.table.parts("isic_id") for isic_id in cells.to_pylist())

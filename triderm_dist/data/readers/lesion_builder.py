@@ -1,0 +1,243 @@
+"""Join the rows of a table to lesions, and find their photos.
+
+A row is a lesion, with a column of photos per view, or a photo, with a column that holds its view.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from triderm_dist.data.readers.dataset import Spellings, spelled_alike
+from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder
+from triderm_dist.data.readers.find_table import image_columns
+from triderm_dist.data.readers.lesion_table import LesionTable, Numbers, agreed, no_groups, no_labels
+from triderm_dist.data.readers.parsed_columns import ParsedColumns
+from triderm_dist.data.readers.table import Table
+from triderm_dist.data.shards.format import Text
+from triderm_dist.runtime.messages import quoted, unsafe_character
+from triderm_dist.schema import UNLABELED, Task
+
+
+@dataclass
+class LesionBuilder:
+    """Joins the rows of a table, whose ids were read, to lesions and finds their photos.
+
+    mark_missing: whether a lesion needs only one of its photos.
+    """
+
+    columns: ParsedColumns
+    photos: PhotoFinder
+    mark_missing: bool = False
+
+    @property
+    def table(self) -> Table:
+        return self.columns.table
+
+    @property
+    def task(self) -> Task:
+        return self.columns.task
+
+    def build(self) -> LesionTable:
+        """Return the valid lesions; what is wrong with the others is in `columns.problems`."""
+        task = self.task
+        rows, images = self._by_lesion()
+        labels = self.columns.labels()
+        groups = self.columns.groups()
+        disagree, metadata = list[tuple[int, int]](), list[Numbers]()
+        for number in range(len(task.fields)):
+            values, differ = agreed(rows, self.columns.metadata(number))
+            metadata.append(Numbers(values))
+            disagree += [(at, number) for at in differ.tolist()]
+        # One column of scores for each row of a lesion.
+        scores = [
+            [Numbers(values, own) for own in rows.T]
+            for values in map(self.columns.scores, self.columns.concept_columns())
+        ]
+        concepts = [view[at] for at in range(len(scores[0])) for view in scores] if scores else []
+        for at, number in sorted(disagree):
+            self._differ(rows[at], task.fields[number].column)
+        label, differ = agreed(rows, labels, UNLABELED)
+        for at in differ.tolist():
+            self._differ(rows[at], task.columns.diagnosis or "diagnosis")
+        fine = self._fine(rows, label)
+        group, group_names = self._agreed_groups(rows, groups)
+
+        wrong = np.zeros(len(self.columns.names), bool)  # by lesion
+        wrong[self.columns.codes[list(self.columns.bad)]] = True
+        first = np.where(rows[:, 0] >= 0, rows[:, 0], rows[:, -1])
+        code = self.columns.codes[first]
+        kept = ~wrong[code]
+        absent = np.stack([column < 0 for column in images.values()], 1)
+        spellings = Spellings(self.columns.names)
+        for at in np.flatnonzero(kept & (absent.all(1) if self.mark_missing else absent.any(1))).tolist():
+            lesion_id = self.columns.names[int(code[at])]
+            what, hint = self._missing(lesion_id, absent[at]), spellings.hint(lesion_id)
+            self.columns.add_problem(int(first[at]), "missing photo", f"{what}; {hint}" if hint else what)
+            kept[at] = False
+        return LesionTable(
+            self.columns.names if len(code) == len(self.columns.names) else self.columns.names.take(code),
+            self.photos.paths,
+            images,
+            concepts,
+            metadata,
+            label.astype(np.int16),
+            fine.astype(np.int16),
+            group_names,
+            group,
+        ).take(np.flatnonzero(kept))
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Names of the concept scores of a lesion."""
+        prefix = self.task.concepts.prefix or ""
+        return self.task.per_lesion(column[len(prefix) :] for column in self.columns.concept_columns())
+
+    def _by_lesion(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the rows of each lesion (L, R), -1 for none, and {view: positions of the photos (L,)}."""
+        task = self.task
+        images = [self._paths(column) for column in image_columns(task)]
+        self.photos.clear()
+        own = np.arange(len(self.table), dtype=np.int32)
+        if task.row_per_photo:
+            view = self.columns.views()
+            rows = np.full((len(self.columns.names), len(task.views)), -1, np.int32)
+            place = (self.columns.codes.astype(np.int64) * len(task.views) + view)[view >= 0]
+            rows.reshape(-1)[place[::-1]] = own[view >= 0][::-1]  # the first row of several is written last
+            others = rows.reshape(-1)[place]
+            for row, other in zip(
+                own[view >= 0][others != own[view >= 0]].tolist(), others[others != own[view >= 0]], strict=True
+            ):
+                what = f"lesion {self.columns.lesion_id(row)} has two {task.view_names[view[row]]} photos"
+                earlier = self.table.numbers[int(other)]
+                self.columns.add_problem(row, "duplicate photo", f"{what}, the first in row {earlier}; keep one")
+            rows = rows[rows.max(1, initial=-1) >= 0]
+            return rows, {
+                name: np.where(rows[:, at] >= 0, images[0][rows[:, at]], -1).astype(np.int32)
+                for at, name in enumerate(task.view_names)
+            }
+        advice = "keep one"
+        if isinstance(task.columns.image, str) and task.columns.lesion_id:
+            group = f"columns: {{lesion_id: null, group: {task.columns.lesion_id}}} in task.yaml"
+            advice = f"keep one, or make every photo a lesion by {group}"
+        self.columns.refuse_repeated_lesions("duplicate lesion", advice)
+        return own[:, None], dict(zip(task.view_names, images, strict=True))
+
+    def _missing(self, lesion_id: str, absent: np.ndarray) -> str:
+        """Return what is wrong with a lesion that lacks photos. absent: (V,) bool by view."""
+        if absent.all():
+            return f"lesion {lesion_id} has no photo; add one or remove its rows"
+        view = self.task.view_names[int(absent.argmax())]
+        return f"lesion {lesion_id} has no {view} photo; add it, or allow lesions with one photo by missing_view=mark"
+
+    def _paths(self, column: str) -> np.ndarray:
+        """Return the position of each row's photo (N,), -1 for an empty cell or a file that may be missing."""
+        self.columns.used.add(column)
+        found = np.full(len(self.table), -1, np.int32)
+        wrong: list[tuple[int, str, str]] = []
+        words = pa.array(["", *map(str.lower, self.task.missing_words)])
+        start, may_lack = 0, len(self.task.views) > 1
+        for (cells,) in self.table.parts(column):
+            named = ~pc.is_in(pc.utf8_lower(cells), words).to_numpy(zero_copy_only=False)
+            texts = cells.to_pylist()
+            own = np.flatnonzero(named)
+            places = self.photos.find_all([texts[at] for at in own.tolist()])
+            found[start + own] = places
+            for at in own[places < 0].tolist():
+                cell, row = texts[at], start + at
+                try:
+                    if character := unsafe_character(cell):
+                        raise ValueError(f"{quoted(cell)} holds {character}; correct it")
+                    found[row] = self.photos.find(cell, self.columns.lesion_id(row))
+                except MissingPhoto as error:
+                    if not self.mark_missing:
+                        allow = ", or allow lesions with one photo by missing_view=mark" if may_lack else ""
+                        wrong.append((row, "missing photo", f"{column}: {error}{allow}"))
+                except ValueError as error:
+                    wrong.append((row, "unreadable photo", f"{column}: {error}"))
+            start += len(texts)
+        if twice := _repeated(found, len(self.photos.paths)):
+            cells = dict(zip(twice, self.columns.cells_of(column, list(twice)), strict=True))
+            for row, other in twice.items():
+                what = f"photo {cells[row]} occurs twice, first in row {self.table.numbers[other]}; remove one"
+                wrong.append((row, "duplicate photo", what))
+        for row, kind, what in sorted(wrong):
+            self.columns.add_problem(row, kind, what)
+        return found
+
+    def _agreed_groups(self, rows: np.ndarray, groups: tuple[np.ndarray, Text] | None) -> tuple[np.ndarray, Text]:
+        """Return the group of each lesion (L,), -1 for none, and the names of groups."""
+        if groups is None:
+            names, group = no_groups(len(rows))
+            return group, names
+        group, differ = agreed(rows, groups[0], -1)
+        for at in differ.tolist():
+            self._differ(rows[at], self.task.columns.group or "")
+        return group, groups[1]
+
+    def _differ(self, rows: np.ndarray, column: str) -> None:
+        row = int(rows[-1])
+        what = f"the photos of lesion {self.columns.lesion_id(row)} differ in {column}; all rows need the same"
+        self.columns.add_problem(row, "rows differ", what)
+
+    def _fine(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return the finer label of each lesion (L,), `UNLABELED` for none of the task's.
+
+        A finer label that contradicts the lesion's label (labels, (L,)) is a problem.
+        """
+        task, found = self.task, self.columns.finer_labels()
+        if task.fine is None or found is None:
+            return no_labels(len(rows))
+        finer, differ = agreed(rows, found, UNLABELED)
+        for at in differ.tolist():
+            self._differ(rows[at], task.fine.column)
+        pairs = np.unique(np.stack([labels, finer], 1), axis=0).tolist()
+        wrong = {(label, own): why for label, own in pairs if (why := task.fine_contradiction(label, own))}
+        contradictions = [
+            (at, why)
+            for (label, own), why in wrong.items()
+            for at in np.flatnonzero((labels == label) & (finer == own)).tolist()
+        ]
+        for at, why in sorted(contradictions):
+            self.columns.add_problem(int(rows[at].max()), "label", why)
+        return finer
+
+    def notes(self, lesions: LesionTable) -> list[str]:
+        """Return what was tolerated, with counts, given the lesions that are kept."""
+        tolerated: Counter[str] = Counter()
+        for field, column in zip(self.task.fields, lesions.metadata, strict=True):
+            missing = int(np.isnan(column.values()).sum())
+            tolerated[f"without {field.label}"] += missing if field.column in self.table.cells else 0
+        labels = Counter(dict(zip(*map(np.ndarray.tolist, np.unique(lesions.labels, return_counts=True)), strict=True)))
+        tolerated["without a diagnosis"] += labels[UNLABELED] if self.columns.labeled else 0
+        if len(self.task.views) > 1:
+            absent = np.any([column < 0 for column in lesions.images.values()], axis=0).sum()
+            tolerated["with one photo, the other view marked missing"] += int(absent)
+        notes = [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
+        if self.columns.labeled and (
+            none := [name for at, name in enumerate(self.task.diagnosis_names) if not labels[at]]
+        ):
+            notes.append(f"no lesion has the diagnosis {', '.join(none)}")
+        if unused := [name for name in self.table.header if name not in self.columns.used]:
+            notes.append(f"{self.table.path.name}: columns that are not used: {', '.join(unused)}")
+        if others := self.photos.unused:
+            notes.append(f"{others} photos are not in {self.table.path.name}")
+        return [*notes, *spelled_alike(self.columns.names.column, "lesion ids"), *self.columns.notes]
+
+
+def _repeated(found: np.ndarray, photos: int) -> dict[int, int]:
+    """Return {row: first row that names the same photo} of rows that repeat a photo.
+
+    found: (N,) position of each row's photo, -1 for none.  photos: number of all photos.
+    """
+    rows = np.flatnonzero(found >= 0)
+    if len(rows) == 0:
+        return {}
+    first = np.full(photos, -1, np.int32)
+    first[found[rows][::-1]] = rows[::-1]
+    later = rows[first[found[rows]] != rows]
+    return dict(zip(later.tolist(), first[found[later]].tolist(), strict=True))
