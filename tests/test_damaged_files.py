@@ -259,6 +259,27 @@ def test_files_of_another_fit_are_refused(run, tmp_path):
         read(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "read", "message"),
+    [
+        ("ensemble.json", {"members": [], "weights": [], "temperatures": []}, open_run, "members: .*at least 1 item"),
+        ("ensemble.json", {"weights": [5, -4, 0]}, open_run, "weights.0: .*less than or equal"),
+        ("ensemble.json", {"temperatures": [0, 1, 1]}, open_run, "temperatures.0: .*greater than 0"),
+        ("ensemble.json", {"thresholds": [float("nan")] * 11}, open_run, "thresholds.0: input should be"),
+        ("ensemble.json", {"diagnoses": ["MEL", "NV"]}, open_run, "its diagnoses are not those of its task"),
+        ("stack.json", {"diagnoses": ["MEL", "NV"]}, open_run, "its diagnoses are not those of its task"),
+        ("tri/fold-0/fold.json", {"photos": {"canvas": [0, 5], "short_side": None}}, open_run, "photos.canvas.0: "),
+        ("tri/fold-0/weights.json", {"epoch": 99}, refit, "epoch 99 of 1"),
+    ],
+)
+def test_impossible_values_without_a_checksum_are_named(run, name, change, read, message):
+    content = {key: value for key, value in json.loads((run / name).read_text()).items() if key != KEY}
+    change_file = other_json(json.dumps({**content, **change}))
+    refused = pytest.raises(InputError, match=rf"{Path(name).name}: .*{message}.* again")
+    with damaged(run / name, change_file), refused:
+        read(run)
+
+
 def test_files_of_another_network_are_refused_or_written_again(run, capsys):
     fold = run / "tri" / "fold-0"
     names = ("weights.safetensors", "weights.json", "fold.json", "predictions.parquet")

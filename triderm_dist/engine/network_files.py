@@ -58,7 +58,7 @@ class _ModelKeys(BaseModel):
 
 
 class _PhotoKeys(BaseModel):
-    canvas: Annotated[list[int], Field(min_length=2, max_length=2)]
+    canvas: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)]
     short_side: int | None
 
 

@@ -27,7 +27,7 @@ from triderm_dist.engine.fold import assigned_folds, model_config, result_hashes
 from triderm_dist.engine.fold_folder import FoldFolder, is_trained, remove_obsolete_checkpoints
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.predictions import NO_FOLD
-from triderm_dist.schema import DataError
+from triderm_dist.schema import CheckpointError, DataError
 
 
 @collectives.interrupt_on_lost_rank()
@@ -77,7 +77,12 @@ class _TrainedFolds:
                     f"{folder}: not trained with these settings and data, and a refit takes its epochs from all folds; "
                     "run triderm crossval first"
                 )
-            info = read_info(folder / "weights")
+            info, last = read_info(folder / "weights"), experiment.models[name].train.epochs
+            if not 0 < info["epoch"] <= last:
+                raise CheckpointError(
+                    f"{folder / 'weights.json'}: epoch {info['epoch']} of {last}; delete {folder} and train this fold "
+                    "again"
+                )
             epochs.append(info["epoch"])
             weights.append(info["sha256"])
         return _TrainedFolds(median_high(epochs), tuple(sorted(weights)))

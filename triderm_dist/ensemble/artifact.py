@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
 from triderm_dist.ensemble.calibration import weighted_sum
@@ -55,10 +55,10 @@ class _Choice(BaseModel):
 class EnsembleKeys(BaseModel):
     """Keys of ensemble.json that predicting needs, with their types."""
 
-    members: list[str]
-    weights: list[float]
-    temperatures: list[float]
-    thresholds: list[float]
+    members: Annotated[list[str], Field(min_length=1)]
+    weights: list[Annotated[float, Field(ge=0, le=1.001)]]  # rounded
+    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    thresholds: list[Annotated[float, Field(gt=0, le=1)]]
     weighting: str
     rule: Rule
     shrinkage: float | None
@@ -172,10 +172,14 @@ def read_artifact(
             raise DataError(f"{path}: not {format_name} version {version}; run triderm stack again")
         if schema:
             check_mapping(tree, schema)
+            if tree["diagnoses"] != [*recorded_task(tree, str(path)).diagnosis_names]:
+                raise DamagedFile("changed or damaged: its diagnoses are not those of its task")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
     except DamagedFile as error:
         raise DataError(f"{path}: {error}; run triderm stack again") from None
+    except ConfigError as error:
+        raise DataError(f"{error}; run triderm stack again") from None
     return tree
 
 
