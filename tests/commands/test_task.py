@@ -10,6 +10,7 @@ import pytest
 from tests.data.readers.test_lesions_csv import HAM, rows_of_photos, write
 from tests.data.readers.test_milk10k import Make
 from triderm_dist.commands.task import main
+from triderm_dist.data.readers.describe import describe_folder
 from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.synthetic import write_demo
 from triderm_dist.schema import ConfigError, DataError, TableFormat
@@ -160,6 +161,12 @@ def test_init_recognizes_columns_of_other_languages(tmp_path: Path) -> None:
 def test_unknown_subcommand_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="write triderm task init FOLDER"):
         main(words)
+
+
+def test_init_refuses_one_column_for_two_roles(make_challenge: Make) -> None:
+    folder = make_challenge().folder
+    with pytest.raises(DataError, match="column 'sex' is given as diagnosis and as lesion_id; name two columns"):
+        describe_folder(folder, {"diagnosis": "sex", "lesion_id": "sex"})
 
 
 def test_init_refuses_a_folder_without_photos_labels_or_table(tmp_path: Path) -> None:
