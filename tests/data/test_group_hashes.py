@@ -25,7 +25,7 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.engine.fold import assigned_folds
-from triderm_dist.schema import DataError
+from triderm_dist.schema import DataError, InputError
 
 PATIENT = "MRN-000{}-Smith"
 
@@ -131,6 +131,18 @@ def test_set_without_patients_has_no_salt_and_keeps_its_bytes(tmp_path):
         pack(challenge.folder, tmp_path / groups, groups=groups)
     assert contents(tmp_path / "hash") == contents(tmp_path / "plain")
     assert not groups_file(tmp_path / "hash").exists()
+
+
+def test_salt_is_checked_where_no_lesion_has_a_group(packed, tmp_path):
+    assert GroupHashing.of("plain", None, True) is None
+    assert GroupHashing.of("hash", str(packed), False) == GroupHashing(str(packed), False)
+    for groups, salt, message in (
+        ("plain", str(packed), "salt=.*: has no effect with groups=plain; remove one of them"),
+        ("hash", str(tmp_path / "missing"), "missing: not readable"),
+        ("hash", __file__, "holds no salt in its first line"),
+    ):
+        with pytest.raises(InputError, match=message):
+            GroupHashing.of(groups, salt, True)
 
 
 def test_another_salt_than_that_of_the_file_is_refused(source, packed, tmp_path):

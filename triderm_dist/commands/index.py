@@ -85,7 +85,8 @@ def main(config: IndexConfig) -> None:
     from triderm_dist.data.shards.publish import local_name
     from triderm_dist.tasks import load_task, milk10k_task
 
-    part, explicit = slice_of(config.slice), "groups" in config.model_fields_set
+    part = slice_of(config.slice)
+    hashing = GroupHashing.of(config.groups, config.salt, explicit="groups" in config.model_fields_set)
     table = Path(f"{local_name(config.output or config.folder)}.problems.csv")
     if config.address and part:
         raise ConfigError("address: the cluster scans all tars; leave out slice=")
@@ -114,7 +115,7 @@ def main(config: IndexConfig) -> None:
                 invalid=config.invalid,
                 progress=progress,
                 note=lambda text: print(f"note: {text}"),
-                hashing=GroupHashing(config.salt, explicit) if config.groups == "hash" else None,
+                hashing=hashing,
                 distribute=distribute,
                 output=config.output,
             )

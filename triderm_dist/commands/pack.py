@@ -146,12 +146,12 @@ def _read(config: PackConfig) -> tuple[Dataset, GroupHashes | None]:
     from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.publish import local_name
 
+    hashing = GroupHashing.of(config.groups, config.salt, explicit="groups" in config.model_fields_set)
     task = find_task(config.source, config.task)
     source = os.path.abspath(config.source) if config.address else config.source  # tasks have other working folders
     dataset = read_source(source, task, config.missing_view, config.invalid)
-    if config.groups == "plain" or (dataset.problems and config.invalid == "refuse"):
+    if hashing is None or (dataset.problems and config.invalid == "refuse"):
         return dataset, None
-    hashing = GroupHashing(config.salt, explicit="groups" in config.model_fields_set)
     return hash_groups(dataset, local_name(config.output), hashing)
 
 

@@ -35,7 +35,7 @@ from triderm_dist.data.readers.text_index import HashIndex
 from triderm_dist.data.shards.format import INDEX, Text, to_array
 from triderm_dist.data.shards.index_schema import read_index_json
 from triderm_dist.files import atomic_path
-from triderm_dist.schema import DataError
+from triderm_dist.schema import ConfigError, DataError
 
 PRIVATE = 0o600
 """Mode of the file with salt and groups."""
@@ -104,6 +104,20 @@ class GroupHashing:
 
     salt: str | None = None
     explicit: bool = True
+
+    @classmethod
+    def of(cls, groups: str, salt: str | None, explicit: bool) -> GroupHashing | None:
+        """Return the hashing that settings choose, None for groups=plain.
+
+        Raises ConfigError for a salt that is not used, and DataError as `salt_of`, also where no lesion has a group.
+        """
+        if groups == "plain":
+            if salt is not None:
+                raise ConfigError(f"salt={salt}: has no effect with groups=plain; remove one of them")
+            return None
+        if salt is not None:
+            salt_of(salt)
+        return cls(salt, explicit)
 
 
 def hash_groups(
