@@ -91,9 +91,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
     given = {role: _spelled(table, unused, role, name) for role, name in (roles or {}).items()}
     for role, name in given.items():
         if others := [other for other in given if other != role and given[other] == name]:
-            raise DataError(
-                f"{table.path}: column {name!r} is given as {role} and as {others[0]}; name two columns"
-            )
+            raise DataError(f"{table.path}: column {name!r} is given as {role} and as {others[0]}; name two columns")
     if len(images) == 1:
         view, views = _views_of_rows(unused, f"{table.path.name} {images[0]}", given.get("view"))
         image = _text(images[0])
