@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.synthetic_run import write_run
+from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, load
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names
 from triderm_dist.ensemble.stacker import TrainingRows
@@ -25,6 +26,12 @@ def experiment(folder: Path, use: str = "ensemble", **change) -> Experiment:
             "stack": StackConfig(**(quick | change)),  # type: ignore[arg-type]
         }
     )
+
+
+def without_file_hashes(run: Path) -> None:
+    """Let other files of the fit replace those of a run, as in a run of a version that recorded no hashes of them."""
+    path = run / "ensemble.json"
+    write_checked_json(path, {key: value for key, value in read_checked_json(path).items() if key != "files"})
 
 
 def members_of(labels: np.ndarray, skills: list[float], seed: int = 0) -> list[np.ndarray]:

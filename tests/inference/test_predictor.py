@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import write_challenge
+from tests.ensemble.conftest import without_file_hashes
 from triderm_dist.commands.crossval import CrossvalRun
 from triderm_dist.commands.crossval import main as crossval
 from triderm_dist.commands.embed import EmbedRun
@@ -160,6 +161,7 @@ def test_wide_columns_of_the_stacker_are_computed_for_new_photos(folder, extra):
     stacker = fit_stacker(rows, experiment.stack.model_copy(update={"components": 4, "max_depth": 4}), cores=1)
     assert stacker.extra == extra and stacker.reduction is not None
     stacker.save(folder / STACK_FILE, table.task)
+    without_file_hashes(folder)
     check(folder, Predictor(folder, device="cpu"))
 
 

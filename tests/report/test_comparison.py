@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tests.ensemble.conftest import experiment
+from tests.ensemble.conftest import experiment, without_file_hashes
 from tests.synthetic_run import CLINIC, write_run
 from triderm_dist import intervals, metrics
 from triderm_dist.config import EnsembleConfig, save
@@ -37,6 +37,7 @@ def runs(tmp_path_factory) -> list[Path]:
         write_run(folder / name, lesions=200)
     stack(folder / "both")
     stack(folder / "one", "dual_cnn")
+    without_file_hashes(folder / "one")
     rows = read_nested(folder / "one" / "ensemble_oof.parquet")
     order = np.random.default_rng(0).permutation(len(rows.labels))
     write_nested(folder / "one" / "ensemble_oof.parquet", type(rows)(*(value[order] for value in vars(rows).values())))
@@ -93,6 +94,13 @@ def test_settings_that_differ_are_listed_without_places(runs: list[Path], tmp_pa
     assert settings == {"stack.booster": ("softprob", "multi_output")}  # a version without oof.tta is no difference
 
 
+def test_unreadable_settings_are_named(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("x: [")
+    with pytest.raises(InputError, match=f"^{tmp_path}/run/config.yaml: not readable as YAML"):
+        Comparison([runs[1], tmp_path / "run"])
+
+
 def test_other_lesions_labels_and_tasks_are_refused(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name two or more runs"):
         Comparison(runs[:1])
@@ -107,6 +115,7 @@ def test_other_lesions_labels_and_tasks_are_refused(runs: list[Path], tmp_path: 
     with pytest.raises(DataError, match=r"few: lacks lesion lesion-0190"):
         Comparison([tmp_path / "few", runs[0]])
     shutil.copytree(runs[0], tmp_path / "other")
+    without_file_hashes(tmp_path / "other")
     nested = tmp_path / "other" / "ensemble_oof.parquet"
     rows = read_nested(nested)
     labels = rows.labels.copy()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals
+from triderm_dist.config import CONFIG_FILE
 from triderm_dist.intervals import Interval
 from triderm_dist.metrics import METRICS, macro_f1
 from triderm_dist.predictions import rows_of
@@ -247,7 +248,7 @@ def _aligned(content: Content, name: str, first: Content) -> ComparedRun:
             f"{content.folder}: lesion {wanted.lesion_ids[differs[0]]} has another label than in {first.folder} "
             f"({len(differs):,} such lesions); compare runs on the same labels"
         )
-    settings = untyped(parse_yaml(content.settings, str(content.folder))) or {} if content.settings else {}
+    settings = untyped(parse_yaml(content.settings, str(content.folder / CONFIG_FILE))) or {}
     return ComparedRun(
         name, content.folder, rows.probabilities[order], rows.decisions[order], rows.folds[order], _shown(settings)
     )
