@@ -15,6 +15,7 @@ from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.optim import (
     OPTIMIZERS,
+    SCHEDULES,
     build_optimizer,
     build_scheduler,
     check_names,
@@ -181,6 +182,30 @@ def test_functions_that_build_no_optimizer_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setitem(OPTIMIZERS, "nothing", lambda groups, lr: None)
     with pytest.raises(ConfigError, match=r"train\.optim\.name: nothing builds no torch\.optim\.Optimizer"):
         check_names(OptimConfig(name="nothing"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            lambda step, total: step / total,
+            r"wrong\(0\) gives TypeError: .*'total'; a schedule is a function from progress",
+        ),
+        (
+            lambda progress: 0.75 - progress,
+            r"wrong\(1\) gives -0\.25; a schedule is a function from progress, 0 to 1, to a",
+        ),
+        (lambda progress: math.nan, r"wrong\(0\) gives nan"),
+        (lambda progress: math.log(1 - progress) + 1, r"wrong\(1\) gives ValueError"),
+        (1.0, r"wrong\(0\) gives TypeError: 'float' object is not callable"),
+    ],
+)
+def test_schedules_that_give_no_factor_are_refused(
+    shape: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCHEDULES, "wrong", shape)
+    with pytest.raises(ConfigError, match=rf"train\.optim\.schedule: {message}"):
+        check_names(OptimConfig(schedule="wrong"))
 
 
 def test_lr_factor_values() -> None:

@@ -181,7 +181,7 @@ def check_names(config: OptimConfig) -> None:
     """
     parameter = nn.Parameter(torch.zeros(8, 8))
     optimizer = _new_optimizer([{"params": [parameter], "weight_decay": 0.0}], config)
-    _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
+    _check_schedule(config.schedule)
     parameter.grad = torch.zeros_like(parameter)
     attributes, tensors = _numbers(vars(optimizer)), copy.deepcopy(_tensors(optimizer.param_groups[0]))
     try:
@@ -201,6 +201,23 @@ def check_names(config: OptimConfig) -> None:
         raise ConfigError(
             f"train.optim.name: {config.name} changes {lost[0]} in a step, which no checkpoint holds; keep it in the "
             "state of each parameter, or as a number in the groups"
+        )
+
+
+def _check_schedule(name: str) -> None:
+    _check_known("optim.schedule", name, SCHEDULES, "a schedule")
+    for progress in (0.0, 0.5, 1.0):
+        try:
+            factor = float(SCHEDULES[name](progress))
+        except Exception as error:  # a function of a plugin may raise any type
+            got = one_line(error, 200, with_type=True)
+        else:
+            if 0 <= factor < math.inf:
+                continue
+            got = f"{factor:g}"
+        raise ConfigError(
+            f"train.optim.schedule: {name}({progress:g}) gives {got}; a schedule is a function from progress, 0 to 1, "
+            "to a factor of at least 0"
         )
 
 
