@@ -29,7 +29,7 @@ from triderm_dist.data.readers import milk10k
 from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
 from triderm_dist.data.readers.csv_file import NotUtf8
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name, walk_files
-from triderm_dist.data.readers.source import reader_of
+from triderm_dist.data.readers.source import read_source
 from triderm_dist.data.readers.table import (
     SUFFIXES,
     Table,
@@ -132,7 +132,7 @@ def _read_folder(
     if task.reader not in _OWN_READERS:
         _check_no_effect("photos", photos, f"a folder of reader {task.reader}")
         _check_no_effect("view", view, f"a folder of reader {task.reader}")
-        dataset = reader_of(task).read(folder, task, "mark", invalid)
+        dataset = read_source(folder, task, "mark", invalid)
         scores = np.full((len(dataset.lesions), len(trained.concepts)), np.nan, np.float32)
         for column, name in enumerate(trained.concepts):
             if name in dataset.concepts:

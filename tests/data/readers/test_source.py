@@ -11,8 +11,9 @@ import yaml
 from tests.conftest import Challenge
 from tests.data.readers.test_lesions_csv import PER_PHOTO, rows_of_photos, task_of, write
 from tests.data.readers.test_milk10k import Make
-from triderm_dist.data.readers.source import find_task, read_source, reader_of, task_setting
-from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.source import READERS, Reader, find_task, read_source, reader_of, task_setting
+from triderm_dist.schema import ConfigError, DataError, Lesion, MetadataField, View
 from triderm_dist.tasks import load_task, milk10k_task
 
 
@@ -51,3 +52,44 @@ def test_reader_is_that_of_the_task(make_challenge: Challenge, tmp_path: Path) -
     assert reader_of(task_of()).inputs(folder, task_of()) == [folder / "table.csv", folder]
     with pytest.raises(ConfigError, match=r"reader 'lesion_csv' is unknown; did you mean 'lesions_csv'\?"):
         reader_of(replace(task_of(), reader="lesion_csv"))
+
+
+def lesion(**changes: object) -> Lesion:
+    photo: dict[str, str | None] = {"clinical": None, "dermoscopic": "photo.jpg"}
+    return replace(Lesion("one", photo, concepts=(0.5,), metadata=(50.0,), label=0, group="one"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("lesions", "message"),
+    [
+        ([lesion(), lesion()], "lesion 'one': another lesion has this id"),
+        ([lesion(lesion_id="one.jpg")], "lesion 'one.jpg': its id holds a space, a dot or a slash"),
+        ([lesion(group=5)], "lesion 'one': its id and its group must be texts"),
+        ([lesion(images={"clinical": "a.jpg"})], "has a photo of another view than dermoscopic"),
+        ([lesion(images={"dermoscopic": None})], "has no photo"),
+        ([lesion(label=11)], "its label 11 is neither -1 nor the index of a diagnosis"),
+        ([lesion(label="NV")], "its label 'NV' is neither -1 nor the index of a diagnosis"),
+        ([lesion(concepts=())], r"its concepts must hold a number for each concept of the Dataset \(1\)"),
+        (
+            [lesion(metadata=(None,))],
+            r"its metadata must hold a number for each field of the task \(1\), NaN where mis",
+        ),
+        ([lesion(metadata=(500.0,))], "its age 500 is not from 0 to 120"),
+        (iter([lesion()]), "must return a Dataset with a list of lesions"),
+    ],
+)
+def test_lesions_of_a_plugin_that_do_not_fit_the_task_are_refused(
+    lesions: list[Lesion], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids that occur twice, values out of range and photos of another view would be packed."""
+    age = MetadataField("age", "age", "number", high=120)
+    task = replace(milk10k_task(), reader="plugin", views=(View("dermoscopic"),), fields=(age,))
+
+    def read(source: Path, task: object, missing_view: str, invalid: str) -> Dataset:
+        return Dataset(milk10k_task(), lesions, concepts=("hair",), labeled=True, notes=[])
+
+    monkeypatch.setitem(READERS, "plugin", Reader(read, inputs=lambda source, task: []))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=f"reader 'plugin': {message}" if "must return" in message else message):
+        read_source("folder", task)
+    lesions = [lesion(), lesion(lesion_id="two", metadata=(float("nan"),), label=-1)]
+    assert len(read_source("folder", task).lesions) == 2
