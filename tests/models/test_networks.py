@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models import NETWORKS, build_network, build_towers, check_network
 from triderm_dist.models.network import Network, ViewTokens
 from triderm_dist.models.towers import TokenShape
+from triderm_dist.models.trimodal import TriModal
 from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError, Outputs
 from triderm_dist.tasks import milk10k_task
 
@@ -451,6 +452,32 @@ def test_outputs_that_are_not_what_the_loss_expects_are_refused(
     monkeypatch.setitem(NETWORKS, "mean", Mean)
     with pytest.raises(ConfigError, match=re.escape(f"models.NAME.kind: fuse of the network 'mean' {message}")):
         network_of("mean")(*batch())
+
+
+class WithAge(NamedTuple):
+    """Outputs and a predicted age."""
+
+    logits: Tensor
+    aux_clinical: Tensor | None
+    aux_dermoscopic: Tensor | None
+    features: Tensor
+    age: Tensor
+    heads = Outputs.heads
+
+
+def test_what_a_network_returns_for_its_loss_is_returned_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Aged(TriModal):
+        def fuse(self, tokens: Any, present: Any, concepts: Tensor, metadata: Tensor) -> Any:
+            outputs = super().fuse(tokens, present, concepts, metadata)
+            return WithAge(*outputs, outputs.features.mean(1))
+
+    monkeypatch.setitem(NETWORKS, "aged", Aged)
+    aged, plain = network_of("aged"), network_of("trimodal")
+    trained = aged.train()(*batch())
+    assert isinstance(trained, WithAge) and trained.age.shape == (4,) and len(trained.heads) == 3
+    predicted, expected = aged.eval()(*batch()), plain.eval()(*batch())
+    assert type(predicted) is Outputs
+    assert all(torch.equal(one, other) for one, other in zip(predicted, expected, strict=True))
 
 
 def test_entries_that_are_no_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ A network is a subclass of `Network` in the table `triderm_dist.models.NETWORKS`
     __init__           calls `super().__init__(config, signature, towers)`, which registers the towers
     fuse()             tokens of the used views, concepts and metadata to `Outputs`: logits and the auxiliary logits of
                        each view of the task (B, C), raw; features (B, D) with D of the network's choice, which is
-                       `config.width` where finer labels are to be learned; all float32
+                       `config.width` where finer labels are to be learned; all float32. In training, a named tuple
+                       with the same fields, further ones behind them, and `heads = Outputs.heads` serves as well:
+                       loss terms read `LossInputs.outputs`
     fusion_stages()    modules after the towers that are checkpointed, compiled and sharded (FSDP2) one by one; `fuse`
                        must call them, not their parts; [] for none
 
@@ -115,7 +117,10 @@ class Network(nn.Module, ABC):
         tokens, present = self._views(clinical, dermoscopic, view_present)
         outputs = self.fuse(tokens, present, concepts, metadata)
         self._check(outputs)
-        if self.fine_head is None or not self.training:
+        if not self.training:
+            # What else a plugin's network returns is for its loss.
+            return Outputs(outputs.logits, outputs.aux_clinical, outputs.aux_dermoscopic, outputs.features)
+        if self.fine_head is None:
             return outputs
         return FineOutputs(*outputs, self.fine_head(outputs.features))
 
@@ -245,7 +250,8 @@ class Network(nn.Module, ABC):
     def _check(self, outputs: Outputs) -> None:
         """Raise ConfigError for outputs that are not what `fuse` promises; the loss could be another one in silence."""
         where = f"models.NAME.kind: fuse of the network {self.config.kind!r} returned"
-        if not isinstance(outputs, tuple) or getattr(outputs, "_fields", ())[: len(Outputs._fields)] != Outputs._fields:
+        fields = getattr(outputs, "_fields", ())[: len(Outputs._fields)]
+        if fields != Outputs._fields or not hasattr(outputs, "heads"):
             raise ConfigError(f"{where} a {type(outputs).__name__}, not Outputs")
         diagnoses = len(self.signature.diagnoses)
         for name, logits in zip(Outputs._fields[:3], outputs, strict=False):
