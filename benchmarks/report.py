@@ -97,7 +97,7 @@ def write_many(folder: Path, few: Path, settings: Settings, names: tuple[str, ..
     for file in (*few.glob("stack.*"), few / "config.yaml"):
         shutil.copy(file, folder / file.name)
     fit = json.loads((few / ENSEMBLE_FILE).read_text(encoding="utf-8"))
-    write_checked_json(folder / ENSEMBLE_FILE, {**fit, "lesions": settings.many})
+    write_checked_json(folder / ENSEMBLE_FILE, {**fit, "lesions": settings.many, "files": {}})
     table = in_groups(out_of_fold(settings.many, names, features=0), settings.group_size)
     write_oof(folder / OOF_FILE, table)
     odds = [np.exp(table.logits[name]) for name in names]
