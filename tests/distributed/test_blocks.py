@@ -60,7 +60,8 @@ class Stages(Network):
         features = tokens["dermoscopic"].mean(1)
         for stage in self.stages:
             features = stage(features)
-        return Outputs(features, None, None, features)
+        logits = nn.functional.pad(features, (0, len(self.signature.diagnoses) - 4))
+        return Outputs(logits, logits, logits, features)
 
     def fusion_stages(self) -> list[nn.Module]:
         return list(self.stages)

@@ -30,7 +30,7 @@ from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.monitoring.memory_estimate import network_without_weights
 from triderm_dist.optim import build_optimizer
-from triderm_dist.schema import Batch
+from triderm_dist.schema import Batch, ConfigError
 from triderm_dist.tasks import milk10k_task
 
 LESIONS = 4
@@ -80,6 +80,16 @@ def new_step(
     return TrainStep(accelerator, wrapped.train(), prepared, loss, config, NonFiniteGuard(accelerator, optimizer))
 
 
+def batch_of(network: Network) -> Step:
+    random = np.random.default_rng(0)
+    batch = Batch(
+        ["lesion"] * LESIONS, *example_inputs(network, LESIONS), torch.zeros(LESIONS, dtype=torch.long),
+        torch.ones(LESIONS, dtype=torch.bool),
+        draws=lambda names: random.integers(0, 2**64, (LESIONS, len(names)), np.uint64),
+    )  # fmt: skip
+    return Step(0, LESIONS, [batch], np.arange(LESIONS))
+
+
 def take_steps(kind: str, *words: str, term: type[LossTerm] | None = None) -> CountOperations:
     """Take two steps on fake tensors; return the operations of the second one."""
     batches = [f"train.global_batch={LESIONS}", f"train.micro_batch={LESIONS}", "train.precision=bf16"]
@@ -87,19 +97,14 @@ def take_steps(kind: str, *words: str, term: type[LossTerm] | None = None) -> Co
     real = network_without_weights(model, SIGNATURE)[0]
     accelerator = parallel.start_training(model.train)
     accelerator.device_placement = False  # fake parameters cannot be moved
-    random = np.random.default_rng(0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tensors = [*real.parameters(), *real.buffers()]
         network = copy.deepcopy(real, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
         step = new_step(model, network, accelerator, term)
-        batch = Batch(
-            ["lesion"] * LESIONS, *example_inputs(network, LESIONS), torch.zeros(LESIONS, dtype=torch.long),
-            torch.ones(LESIONS, dtype=torch.bool),
-            draws=lambda names: random.integers(0, 2**64, (LESIONS, len(names)), np.uint64),
-        )  # fmt: skip
+        batch = batch_of(network)
         for number in range(2):
             with CountOperations() as counted:
-                step(Step(0, LESIONS, [batch], np.arange(LESIONS)), number)
+                step(batch, number)
     _tables.cache_clear()  # fake ones
     return counted
 
@@ -119,6 +124,16 @@ class Waiting(LossTerm):
 def test_a_step_that_reads_a_number_is_found() -> None:
     with pytest.raises(DataDependentOutputException):
         take_steps("dual_cnn", term=Waiting)
+
+
+def test_a_parameter_that_the_loss_is_independent_of_is_refused() -> None:
+    """One process would train without it, and DDP fail in the second step."""
+    model = settings("dual_cnn", f"train.global_batch={LESIONS}", f"train.micro_batch={LESIONS}")
+    network = network_without_weights(model, SIGNATURE)[0]
+    network.unused = torch.nn.Linear(2, 2)
+    step = new_step(model, network, parallel.start_training(model.train))
+    with pytest.raises(ConfigError, match=r"independent of the parameter unused.weight and of 1 more; use it in fuse"):
+        step(batch_of(network), 0)
 
 
 @pytest.mark.parametrize("counts", [(4, 12), (12, 4)])

@@ -12,13 +12,13 @@ from torch import nn
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.collectives import all_reduce_sum
-from triderm_dist.distributed.parallel import accumulate, backward, clip_grad_norm, unwrap
+from triderm_dist.distributed.parallel import accumulate, backward, clip_grad_norm, strategy_of, unwrap
 from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.losses import CompoundLoss, Count, Sums
 from triderm_dist.models.dropout import LesionMasks
-from triderm_dist.schema import Batch
+from triderm_dist.schema import Batch, ConfigError
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class TrainStep:
         # Terms of plugins may do what the compiler cannot trace.
         compiled = config.compile and not config.loss.terms
         self._sums = torch.compile(loss.sums, dynamic=False) if compiled else loss.sums
+        self._checked = strategy_of(accelerator) == "deepspeed"  # which keeps the gradients, and takes none for 0
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
         """Take optimizer step `number`, counted from 0. Call on all ranks.
@@ -123,12 +124,28 @@ class TrainStep:
                         local = _all_reduced(local)
                         slopes = loss.slopes(local, inputs.count)
                     backward(self.accelerator, loss.surrogate(sums, slopes))
+        self._check_gradients()
         total = local if ahead is None else _all_reduced(local)
         norm = clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm)
         self.guard.before_step(inputs.number, norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, norm
+
+    def _check_gradients(self) -> None:
+        """Raise ConfigError in the first step for a parameter that the loss is independent of.
+
+        One process would train without it, and DDP fail in the second step.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        parameters = unwrap(self.wrapped).named_parameters()
+        if unused := [name for name, each in parameters if each.requires_grad and each.grad is None]:
+            more = f" and of {len(unused) - 1} more" if len(unused) > 1 else ""
+            raise ConfigError(
+                f"the loss is independent of the parameter {unused[0]}{more}; use it in fuse, or do not create it"
+            )
 
     @cached_property
     def _statistics(self) -> RunningStatistics:
