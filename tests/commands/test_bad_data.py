@@ -169,7 +169,7 @@ def test_incomplete_lesions_can_be_allowed(make_challenge: Make, tmp_path: Path)
     assert packed.returncode == 0 and packed.stderr == ""
     assert "note: 1 of 11 lesions with one photo" in packed.stdout
     assert "1 problems: 1 unreadable photo; all in" in packed.stdout
-    assert "10 lesions, 1 dropped, 1 shards" in packed.stdout
+    assert "10 lesions, 1 dropped, 1 shard," in packed.stdout
     table = (tmp_path / "shards.problems.csv").read_text().splitlines()
     assert table[0] == "lesion_id,kind,where,what" and table[1].startswith("IL_1014,unreadable photo,")
     verified = run("shards.verify", f"folder={output}")

@@ -63,7 +63,7 @@ def lesion(**changes: object) -> Lesion:
     ("lesions", "message"),
     [
         ([lesion(), lesion()], "lesion 'one': another lesion has this id"),
-        ([lesion(lesion_id="one.jpg")], "lesion 'one.jpg': its id holds a space, a dot or a slash"),
+        ([lesion(lesion_id="one.jpg")], "lesion 'one.jpg': its id holds a dot, a slash or an unusual space"),
         ([lesion(group=5)], "lesion 'one': its id and its group must be texts"),
         ([lesion(images={"clinical": "a.jpg"})], "has a photo of another view than dermoscopic"),
         ([lesion(images={"dermoscopic": None})], "has no photo"),
