@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,6 +61,13 @@ class CountOperations(TorchDispatchMode):
         return sum(number for name, number in self.found.items() if name not in NO_KERNEL)
 
 
+@pytest.fixture(autouse=True)
+def no_fake_tables() -> Iterator[None]:
+    """Drop the cached tables of dropout after each test: fake ones would enter the trainings of other tests."""
+    yield
+    _tables.cache_clear()
+
+
 def settings(kind: str, *words: str) -> ModelConfig:
     tower = {"trimodal": "test_vit", "dual_cnn": "test_efficientnet"}[kind]
     model = f"models.m={{kind: {kind}, width: 32, heads: 2}}"
@@ -105,7 +113,6 @@ def take_steps(kind: str, *words: str, term: type[LossTerm] | None = None) -> Co
         for number in range(2):
             with CountOperations() as counted:
                 step(batch, number)
-    _tables.cache_clear()  # fake ones
     return counted
 
 
