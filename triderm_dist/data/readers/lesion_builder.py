@@ -106,12 +106,12 @@ class LesionBuilder:
         if task.row_per_photo:
             view = self.columns.views()
             rows = np.full((len(self.columns.names), len(task.views)), -1, np.int32)
-            place = (self.columns.codes.astype(np.int64) * len(task.views) + view)[view >= 0]
-            rows.reshape(-1)[place[::-1]] = own[view >= 0][::-1]  # the first row of several is written last
+            seen = view >= 0
+            placed, place = own[seen], (self.columns.codes.astype(np.int64) * len(task.views) + view)[seen]
+            rows.reshape(-1)[place[::-1]] = placed[::-1]  # the first row of several is written last
             others = rows.reshape(-1)[place]
-            for row, other in zip(
-                own[view >= 0][others != own[view >= 0]].tolist(), others[others != own[view >= 0]], strict=True
-            ):
+            repeated = others != placed
+            for row, other in zip(placed[repeated].tolist(), others[repeated], strict=True):
                 what = f"lesion {self.columns.lesion_id(row)} has two {task.view_names[view[row]]} photos"
                 earlier = self.table.numbers[int(other)]
                 self.columns.add_problem(row, "duplicate photo", f"{what}, the first in row {earlier}; keep one")

@@ -76,8 +76,9 @@ def read_source(
 
 
 def _why_no_lesion(lesion: Lesion, task: Task, concepts: int, seen: set[str]) -> str | None:
-    """Return what is wrong with a lesion of a plugin's reader; None if nothing is. seen: the ids before it, with which
-    its own is put.
+    """Return what is wrong with a lesion of a plugin's reader; None if nothing is.
+
+    seen: the ids of the lesions before it; its own is added.
     """
     text = isinstance(lesion.lesion_id, str) and isinstance(lesion.group, str)
     if not text or not lesion.group:
