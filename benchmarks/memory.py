@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ GIB = 2**30
 LESIONS = 8
 """Packed lesions, each of which comes several times in a batch."""
 RANKS = 8
+WATCHDOG = 0.5
+"""Seconds in which NCCL's watchdog thread, which wakes every 100 ms, releases the buckets that DDP replaced after the
+first step. Before, memory holds all gradients once more; the estimate is of the steps after that.
+"""
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,7 @@ def _train(
         loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment)
     ):
         if number == warm_up:
+            time.sleep(WATCHDOG)
             torch.cuda.reset_peak_memory_stats()
         sums = step(batch, number, sums).sums
         if average:

@@ -89,7 +89,8 @@ class MemoryEstimate:
         """Return the peak of a step.
 
         All micro-batches of a step are on the device. With several of them, and under DDP, which allocates gradients as
-        views of its buckets, all gradients exist at the same time as the activations.
+        views of its buckets, all gradients exist at the same time as the activations. Excludes the buckets that DDP
+        replaces after the first step, which NCCL keeps for up to 100 ms.
         """
         kept = self._keeps_gradients or micro_batch < self._per_rank
         photos = self.photos * max(micro_batch, self._per_rank)
