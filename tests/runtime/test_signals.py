@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,24 @@ def test_rank_ends_with_its_launcher_only(monkeypatch):
                 patch.setenv(name, value)
             signals.end_with_launcher()
         assert len(calls) == ends
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_process_of_accelerate_ends_with_it(tmp_path):
+    """`accelerate launch` of one process forwards no signal: the training would run on, and hold its folder."""
+    program, launcher = tmp_path / "wait.py", tmp_path / "accelerate"
+    program.write_text(
+        "import os, time\nfrom triderm_dist.runtime.signals import end_with_launcher\nend_with_launcher()\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(3600)\n"
+    )
+    launcher.write_text(f"import subprocess, sys\nsubprocess.Popen([sys.executable, {str(program)!r}]).wait()\n")
+    environment = {**os.environ, "PYTHONPATH": str(processes.ROOT)}
+    with subprocess.Popen([sys.executable, launcher], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+        try:
+            process.communicate(timeout=HANG_SECONDS)  # returns when the program, too, has closed its output
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

@@ -158,10 +158,25 @@ def end_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """Call `end_with_parent` in a rank, since a killed launcher cannot stop its ranks."""
+    """Call `end_with_parent` in a rank, and in the one process of `accelerate launch`, which forwards no signal: a
+    killed launcher cannot stop what it started.
+    """
     launcher = os.environ.get(LAUNCHER)
-    if launcher == str(os.getppid()) or "TORCHELASTIC_RUN_ID" in os.environ:
+    if launcher == str(os.getppid()) or "TORCHELASTIC_RUN_ID" in os.environ or _is_accelerate(os.getppid()):
         end_with_parent()
+
+
+_ACCELERATE = (b"accelerate", b"accelerate-launch", b"accelerate.commands.launch")
+
+
+def _is_accelerate(pid: int) -> bool:
+    """Return whether a process is `accelerate launch`, by its command line (Linux)."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read(4096).split(b"\0")[:4]
+    except OSError:
+        return False
+    return any(os.path.basename(word) in _ACCELERATE for word in words)
 
 
 LAUNCHER = "TRIDERM_LAUNCHER"

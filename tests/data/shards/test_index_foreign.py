@@ -18,6 +18,7 @@ import pytest
 import webdataset
 
 from tests.conftest import draw_photo
+from tests.processes import without_root
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.problems import InvalidLesions, write_problems
 from triderm_dist.data.readers.milk10k import CONCEPTS
@@ -587,3 +588,15 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(scan_tar, "tar_members", members)
     return scanned
+
+
+def test_read_only_folder_is_refused_before_the_scan(tmp_path):
+    write_foreign(tmp_path / "foreign")
+    (tmp_path / "foreign").chmod(0o555)
+    done = without_root("index", f"folder={tmp_path}/foreign", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        rf"error: {tmp_path}/foreign: read-only for this user; .* file://{tmp_path}/foreign .* output=FOLDER\n",
+        done.stderr,
+    )
+    assert not (tmp_path / "foreign.index.part").exists()

@@ -36,7 +36,7 @@ from triderm_dist.data.shards.scan_tar import MAX_NAMES, TarFile, TarScan, TarSc
 from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
-from triderm_dist.files import PATIENT_DATA, write_text
+from triderm_dist.files import PATIENT_DATA, is_writable, write_text
 from triderm_dist.runtime.messages import listed, printable
 from triderm_dist.runtime.redact import redact, redact_tree, register_secrets
 from triderm_dist.schema import DataError, Task
@@ -82,6 +82,9 @@ def index_shards(
     tars, others = list_tars(where)
     if others:
         note(f"not read, as no plain tar in this folder: {listed([printable(name) for name in others], MAX_NAMES)}")
+    if target and not is_writable(target):  # before the scan, which may take hours
+        advice = f"the index of {Path(where).absolute().as_uri()} can be elsewhere, by output=FOLDER"
+        raise DataError(f"{target}: read-only for this user; {'choose another output folder' if output else advice}")
     with lock_all(part, _refusal(part)):
         scanner = TarScanner(part, task, extensions, missing_view)
         if distribute:
