@@ -25,9 +25,9 @@ COPIED = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "c
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the generated pages to the navigation."""
-    (reference,) = (entry["Reference"] for entry in config.nav if "Reference" in entry)
-    reference.append({"API": [{title: path} for title, path in api_pages()]})
-    config.nav += [{"Contributing": "contributing.md"}, {"Security": "security.md"}, {"Changelog": "changelog.md"}]
+    sections = {title: pages for entry in config.nav for title, pages in entry.items()}
+    sections["Reference"].append({"API": [{title: path} for title, path in api_pages()]})
+    sections["Code"] += [{name.removesuffix(".md").capitalize(): name} for name in COPIED]
     return config
 
 

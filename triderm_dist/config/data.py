@@ -42,7 +42,7 @@ class RemoteConfig(Section):
 
 
 class ExtraSetConfig(Section):
-    """A packed set whose lesions join training; docs/training.md explains what is matched and how."""
+    """A packed set whose lesions join training; docs/several-sets.md explains what is matched and how."""
 
     shards: PathText = Field(description="packed shards of an extra set, a folder or a URL")
     map: dict[str, str | None] = Field(

@@ -7,7 +7,7 @@ Chooses the fastest installed backend whose tokens agree with PyTorch's on some 
 2. PyTorch with batch norms folded into the convolutions before them, in small batches;
 3. PyTorch in eager mode.
 
-docs/training.md and benchmarks/results name backends that were measured to be slower or inexact.
+docs/cpu.md and benchmarks/results name backends that were measured to be slower or inexact.
 """
 
 from __future__ import annotations
