@@ -168,7 +168,7 @@ def test_view_of_a_single_photo_is_in_its_name_or_given(tmp_path):
     [
         ({"age": "old"}, "row 3: age 'old' is not a number from 0 to 120 years"),
         ({"site": "hnd"}, "row 3: unknown site 'hnd'; did you mean 'hand'?"),
-        ({"lesion_id": "L0"}, "row 3: lesion L0 occurs twice, the first in row 2; keep one"),
+        ({"lesion_id": "L0"}, "row 3: lesion L0 occurs twice, first in row 2; keep one"),
         ({"dermoscopic": "2.jpg"}, "row 3: no photo 2 (.jpg, .png and others) below "),
         ({"dermoscopic": ""}, "row 3: lesion L1 has no photo; add one or remove its rows"),
         ({"lesion_id": ""}, "row 3: lesion_id is empty; every lesion needs its own"),

@@ -10,10 +10,9 @@ table are lesions by their names: `X.clinical.jpg` and `X.dermoscopic.jpg` are t
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,20 +25,23 @@ from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers import milk10k
-from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
+from triderm_dist.data.readers.cells import is_missing
 from triderm_dist.data.readers.csv_file import NotUtf8
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name, walk_files
+from triderm_dist.data.readers.lesion_table import agreed
+from triderm_dist.data.readers.parsed_columns import ParsedColumns, rows_of
 from triderm_dist.data.readers.source import read_source
 from triderm_dist.data.readers.table import (
     SUFFIXES,
     Table,
+    find_column,
     find_tables,
     read_header,
     read_table,
     without_garbage_collection,
 )
 from triderm_dist.data.readers.workbook import SeveralSheets
-from triderm_dist.data.shards.format import INDEX
+from triderm_dist.data.shards.format import INDEX, Text
 from triderm_dist.runtime.messages import did_you_mean, printable, quoted
 from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import ConfigError, DataError, TableFormat, Task
@@ -51,6 +53,7 @@ SEPARATORS = "._- "
 """Characters that may separate the id of a lesion from the view in the name of a photo."""
 MAX_NAME = 1000
 """Characters of a lesion's name by the path of its photo."""
+_CORRECT = "; correct it, or leave it empty if unknown"
 _OWN_READERS = ("milk10k", "lesions_csv")
 """Readers of tasks whose tables this module reads itself."""
 
@@ -171,12 +174,12 @@ def _find_table(folder: Path, task: Task) -> Path | None:
     found = []
     for path in find_tables(folder):
         try:
-            header = {name.lower(): name for name in read_header(path, task.table)}
+            header = read_header(path, task.table)
         except (NotUtf8, SeveralSheets):
             raise
         except DataError:
             continue  # not a table
-        if _photo_columns(header.get, task):
+        if _photo_columns(header, task):
             found.append(path)
     if len(found) > 1:
         names = " and ".join(str(path.relative_to(folder)) for path in found)
@@ -269,13 +272,13 @@ def read_lesions(
     if not len(table):
         raise DataError(f"{table.path}: the table has no rows")
     with without_garbage_collection():
-        reading = _Reading(table, trained, tuple(folders))
-        lesions = reading.lesions()
-    if reading.problems and invalid == "refuse":
-        raise InvalidLesions(reading.problems, len(lesions) + len(reading.bad))
+        columns = _Columns(table, trained)
+        lesions = _join(columns, _Photos(folders), trained)
+    if (problems := columns.problems) and invalid == "refuse":
+        raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
     if not len(lesions):
-        raise DataError(f"{table.path}: no valid lesion; the first problem: {reading.problems[0]}")
-    return ReadInput(lesions, (*_note_on_views(lesions), *reading.notes()), tuple(reading.problems))
+        raise DataError(f"{table.path}: no valid lesion; the first problem: {problems[0]}")
+    return ReadInput(lesions, (*_note_on_views(lesions), *columns.notes_on_columns()), tuple(problems))
 
 
 def text_of(value: Any) -> str:
@@ -299,88 +302,117 @@ def table_of_frame(frame: pd.DataFrame) -> Table:
     return Table(Path("DataFrame"), TableFormat(), cells, range(len(frame)))
 
 
-def _photo_columns(find: Callable[[str], str | None], task: Task) -> dict[str, str] | None:
-    """Return the column of each view's photos, {"": column} where a row is a photo, None if no column has photos.
-
-    find: the column of a name in lower case, as the header spells it.
-    """
-    image, names = task.columns.image, {view: [view] for view in task.view_names}
-    if isinstance(image, Mapping):
-        names = {view: [image[view], view] for view in task.view_names}
-    elif len(task.views) == 1:
-        names = {view: [image, view] for view in task.view_names}
-    found = {view: next(filter(None, (find(name.lower()) for name in own)), None) for view, own in names.items()}
-    if columns := {view: column for view, column in found.items() if column}:
-        return columns
-    if task.row_per_photo and isinstance(image, str) and (column := find(image.lower())):
+def _photo_columns(header: Iterable[str], task: Task) -> dict[str, str]:
+    """Return the column of each view's photos, {"": column} where a row is a photo, {} if no column has photos."""
+    image, columns = task.columns.image, dict[str, str]()
+    for view in task.view_names:
+        own = image[view] if isinstance(image, Mapping) else image if len(task.views) == 1 else None
+        if column := find_column(header, own, view):
+            columns[view] = column
+    if not columns and task.row_per_photo and isinstance(image, str) and (column := find_column(header, image)):
         return {"": column}
-    return None
+    return columns
 
 
-@dataclass
-class _Reading:
-    """Parses the columns of a table."""
+class _Columns(ParsedColumns):
+    """The columns of a table of which all but those of photos may be absent, and labels are not read.
 
-    table: Table
-    trained: TrainedOn
-    folders: tuple[Path, ...]
-    problems: list[Problem] = field(default_factory=list)
-    bad: set[str] = field(default_factory=set)
-    """Lesions with a problem."""
-    used: set[str] = field(default_factory=set)
-    absent: list[str] = field(default_factory=list)
-    """Fields and concepts without a column."""
+    Names of columns are compared in any case, and a field may also have the column of its name.
+    """
 
-    def lesions(self) -> PhotoSet:
-        """Return the lesions without a problem."""
-        task, trained = self.task, self.trained
-        columns = _photo_columns(self.table.find, task)
-        if columns is None:
-            names = ", ".join(task.view_names)
-            if isinstance(task.columns.image, str):
-                names += f", or the task's {task.columns.image}"
-            raise DataError(
-                f"{self.table.path}: no column names the photos; add one per view ({names}) with their paths"
-            )
-        by_row = "" in columns
-        row_views = self._views() if by_row else None
-        cells = {view: self._cells(column) for view, column in columns.items()}
-        self.ids = self._ids([*cells.values()])
-        fields = np.array([self._field(at) for at in range(len(task.fields))]).reshape(-1, len(self.table)).T
-        scores = self._scores(by_row)
-        rows = self._group(row_views)  # of each lesion, by view where a row is a photo
-        ids, metadata, concepts = list[str](), list[np.ndarray](), list[list[float]]()
-        photos: dict[str, list[str | None]] = {view: [] for view in task.view_names}
-        for lesion_id, own in rows.items():
-            paths: dict[str, str | None] = dict.fromkeys(task.view_names)
-            for view, row in own.items():
-                for name in [view] if by_row else columns:
-                    paths[name] = self._photo(cells["" if by_row else name][row], row)
-            if not any(paths.values()) and lesion_id not in self.bad:
-                first = next(iter(own.values()))
-                self._problem(first, "missing photo", f"lesion {lesion_id} has no photo; add one or remove its rows")
-            values = self._agreed([*own.values()], fields)
-            if lesion_id in self.bad:
-                continue
-            ids.append(lesion_id)
-            metadata.append(values)
-            if by_row:
-                concepts.append([float(column[own[view]]) if view in own else math.nan for view, column in scores])
-            else:
-                concepts.append([float(column[own[""]]) for _, column in scores])
-            for name, path in paths.items():
-                photos[name].append(path)
-        return _photo_set(
-            trained, photos, lesion_ids=ids,
-            concept_scores=np.array(concepts).reshape(len(ids), len(trained.concepts)),
-            metadata=np.array(metadata).reshape(len(ids), len(task.fields)),
-        )  # fmt: skip
+    def __init__(self, table: Table, trained: TrainedOn) -> None:
+        super().__init__(table, trained.task)
+        self.concepts = trained.concepts
+        self.absent: list[str] = []
+        """Fields and concepts without a column."""
+        self.photos = _photo_columns(table.cells, trained.task)
+        if not self.photos:
+            names = ", ".join(self.task.view_names)
+            if isinstance(self.task.columns.image, str):
+                names += f", or the task's {self.task.columns.image}"
+            raise DataError(f"{table.path}: no column names the photos; add one per view ({names}) with their paths")
+        self.used |= {*self.photos.values()}
 
     @property
-    def task(self) -> Task:
-        return self.trained.task
+    def row_is_photo(self) -> bool:
+        """Whether a row is a photo."""
+        return "" in self.photos
 
-    def notes(self) -> Iterator[str]:
+    def read_ids(self) -> None:
+        """Set `codes` and `names`: the lesion of a row is its id, or where there are no ids the name of its photo."""
+        column = self.table.find(self.task.columns.lesion_id, "lesion_id", "id")
+        if column:
+            self.used.add(column)
+            self.codes, texts = self.table.encoded(column)
+        else:
+            cells = zip(*(self.table.cells[name].to_pylist() for name in self.photos.values()), strict=True)
+            ids = [split_view(photo_name(next(filter(None, own), "")), self.task)[0] for own in cells]
+            found = pa.array(ids, pa.string()).dictionary_encode()
+            self.codes, texts = found.indices.to_numpy(), found.dictionary
+        self.names = Text(pa.chunked_array([texts]))
+        wrong = {code: why for code, lesion_id in enumerate(self.names) if (why := why_no_id(lesion_id))}
+        for row, code in rows_of(wrong, self.codes):
+            what = f"the lesion id {quoted(self.names[code])} {wrong[code]}; correct it"
+            if not self.names[code]:
+                what = f"{column} is empty; every lesion needs its own" if column else "the lesion has no photo"
+            self.add_problem(row, "row", what)
+
+    def views(self) -> np.ndarray:
+        """Return the number of the view of each row (N,), -1 where it is unknown."""
+        column = self.table.find(self.task.columns.view)
+        if column is None:
+            name = self.task.columns.view
+            raise DataError(f"{self.table.path}: column {name!r}, the view of each photo, is missing from the header")
+        words = {word: self.task.view_names.index(view) for word, view in _view_words(self.task).items()}
+
+        def parse(text: str) -> float:
+            if text.lower() not in words:
+                raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}")
+            return words[text.lower()]
+
+        return np.nan_to_num(self.parsed(column, parse, "row"), nan=-1).astype(np.int8)
+
+    def metadata(self, number: int) -> np.ndarray:
+        about = self.task.fields[number]
+        column = self.table.find(about.column, about.name)
+        if column is None:
+            self.absent.append(about.label)
+            return np.full(len(self.table), np.nan)
+        return self.parsed_field(replace(about, column=column), _CORRECT)
+
+    def paths(self, column: str, photos: _Photos) -> np.ndarray:
+        """Return the path of each row's photo (N,), None for an empty cell and one that is not found, a problem."""
+        found = np.full(len(self.table), None, object)
+        for row, cell in enumerate(self.table.cells[column].to_pylist()):
+            if is_missing(cell, self.task.missing_words):
+                continue
+            try:
+                found[row] = photos(cell, self.lesion_id(row))
+            except MissingPhoto as error:
+                self.add_problem(row, "missing photo", str(error))
+            except ValueError as error:
+                self.add_problem(row, "unreadable photo", str(error))
+        return found
+
+    def concept_scores(self, rows: np.ndarray) -> np.ndarray:
+        """Return the scores (L, K) of the concepts that the networks take. rows: (L, V) or (L, 1) of each lesion."""
+        scores, prefix = np.full((len(rows), len(self.concepts)), np.nan), self.task.concepts.prefix or ""
+        parsed, absent = dict[str, np.ndarray](), list[str]()
+        for at, concept in enumerate(self.concepts):
+            view, name = concept.split("/", 1) if self.row_is_photo else (None, concept)
+            column = self.table.find(prefix + name, name)
+            if column is None:
+                absent.append(concept)
+                continue
+            if column not in parsed:
+                parsed[column] = self.parsed_scores(column, _CORRECT)
+            own = rows[:, self.task.view_names.index(view) if view else 0]
+            scores[:, at] = np.where(own >= 0, parsed[column][own], np.nan)
+        if absent:
+            self.absent += ["concept scores"] if len(absent) == len(self.concepts) else absent
+        return scores
+
+    def notes_on_columns(self) -> Iterator[str]:
         """Yield what is missing for every lesion, and what is not used."""
         if self.absent:
             yield f"{self.table.path.name}: no column for {', '.join(self.absent)}: missing for every lesion"
@@ -390,141 +422,55 @@ class _Reading:
         if unused := [name for name in self.table.header if name.lower() not in known]:
             yield f"{self.table.path.name}: columns that are not used: {', '.join(unused)}"
 
-    # --- rows ---
 
-    def _ids(self, photos: Sequence[list[str]]) -> list[str]:
-        """Return the lesion of each row: its id, or where the table has no ids the name of its photo."""
-        names = filter(None, (self.task.columns.lesion_id, "lesion_id", "id"))
-        if column := next(filter(None, map(self.table.find, names)), None):
-            ids = self._cells(column)
-        else:
-            cells = zip(*photos, strict=True)
-            ids = [split_view(photo_name(next(filter(None, own), "")), self.task)[0] for own in cells]
-        for row, lesion_id in enumerate(ids):
-            if not lesion_id:
-                what = f"{column} is empty; every lesion needs its own" if column else "the lesion has no photo"
-                self.problems.append(Problem("", "row", self.table.where(row), what))
-                self.bad.add("")
-            elif wrong := why_no_id(lesion_id):
-                what = f"the lesion id {quoted(lesion_id)} {wrong}; correct it"
-                self.problems.append(Problem(lesion_id, "row", self.table.where(row), what))
-                self.bad.add(lesion_id)
-        return ids
+class _Photos:
+    """Finds a photo by its path in one of the folders, else anywhere below them, for which they are walked."""
 
-    def _views(self) -> list[str | None]:
-        """Return the view of each row's photo."""
-        name = self.task.columns.view or ""
-        column = self.table.find(name)
-        if column is None:
-            raise DataError(f"{self.table.path}: column {name!r}, the view of each photo, is missing from the header")
-        words = _view_words(self.task)
-        views: list[str | None] = []
-        self._unknown_views: dict[int, str] = {}
-        for row, cell in enumerate(self._cells(column)):
-            views.append(words.get(cell.lower()))
-            if views[-1] is None:
-                self._unknown_views[row] = f"unknown {column} {cell!r}; known are {', '.join(words)}"
-        return views
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = folders
 
-    def _group(self, views: Sequence[str | None] | None) -> dict[str, dict[str, int]]:
-        """Return the row of each lesion by view, or by "" if a row is a lesion."""
-        rows: dict[str, dict[str, int]] = {}
-        for row, lesion_id in enumerate(self.ids):
-            view = "" if views is None else views[row]
-            own = rows.setdefault(lesion_id, {})
-            if view is None:
-                self._problem(row, "row", self._unknown_views[row])
-            elif view in own:
-                what = f"has two {view} photos" if view else "occurs twice"
-                first = self.table.numbers[own[view]]
-                self._problem(row, "duplicate lesion", f"lesion {lesion_id} {what}, the first in row {first}; keep one")
-            else:
-                own[view] = row
-        return {lesion_id: own for lesion_id, own in rows.items() if own}
-
-    def _agreed(self, rows: Sequence[int], values: np.ndarray) -> np.ndarray:
-        """Return the values (M,) of a lesion, on which those of its rows (n, M) that are not missing must agree."""
-        found = values[rows[0]].copy()
-        for row in rows[1:]:
-            both = ~np.isnan(found) & ~np.isnan(values[row]) & (found != values[row])
-            for at in np.flatnonzero(both):
-                what = f"the photos of lesion {self.ids[row]} differ in {self.task.fields[at].column}"
-                self._problem(row, "rows differ", f"{what}; all rows need the same")
-            found = np.where(np.isnan(found), values[row], found)
-        return found
-
-    def _photo(self, cell: str, row: int) -> str | None:
-        """Return the path of a photo, None if the cell is empty."""
-        if is_missing(cell, self.task.missing_words):
-            return None
-        for folder in self.folders:
-            if Path(cell).suffix.lower() in PHOTO_SUFFIXES and os.path.isfile(path := os.path.join(folder, cell)):
-                return path
-        try:
-            return self._finder(cell, self.ids[row])
-        except MissingPhoto as error:
-            self._problem(row, "missing photo", str(error))
-        except ValueError as error:
-            self._problem(row, "unreadable photo", str(error))
-        return None
+    def __call__(self, cell: str, lesion_id: str) -> str:
+        """Return the path of a photo. Raises as `PhotoFinder`."""
+        if Path(cell).suffix.lower() in PHOTO_SUFFIXES:
+            for folder in self.folders:
+                if os.path.isfile(path := os.path.join(folder, cell)):
+                    return path
+        return self._finder(cell, lesion_id)
 
     @cached_property
     def _finder(self) -> PhotoFinder:
         return PhotoFinder(self.folders)
 
-    # --- columns ---
 
-    def _cells(self, column: str) -> list[str]:
-        self.used.add(column)
-        return self.table.cells[column].to_pylist()
-
-    def _field(self, at: int) -> np.ndarray:
-        about = self.task.fields[at]
-        column = self.table.find(about.column) or self.table.find(about.name)
-        if column is None:
-            self.absent.append(about.label)
-            return np.full(len(self.table), np.nan)
-        about = replace(about, column=column)  # as messages name it
-        return self._parsed(column, lambda text: parse_field(about, text, self.task.missing_words))
-
-    def _scores(self, by_row: bool) -> list[tuple[str, np.ndarray]]:
-        """Return (view, scores of the rows (R,)) of each concept; the view is "" if a row is a lesion."""
-        prefix = self.task.concepts.prefix or ""
-        parsed: dict[str, np.ndarray] = {}
-        found, absent = [], []
-        for concept in self.trained.concepts:
-            view, name = concept.split("/", 1) if by_row else ("", concept)
-            column = next(filter(None, (self.table.find(each) for each in (prefix + name, name))), None)
-            if column is None:
-                absent.append(concept)
-                found.append((view, np.full(len(self.table), np.nan)))
-                continue
-            if column not in parsed:
-                parsed[column] = self._parsed(column, self._score_of(column))
-            found.append((view, parsed[column]))
-        if absent:
-            self.absent += ["concept scores"] if len(absent) == len(self.trained.concepts) else absent
-        return found
-
-    def _score_of(self, column: str) -> Callable[[str], float]:
-        words, scores = self.task.missing_words, self.task.concepts.words
-        return lambda text: parse_score(column, text, words, scores)
-
-    def _parsed(self, column: str, parse: Callable[[str], float]) -> np.ndarray:
-        """Parse a column (R,), each different text once; NaN where that raises ValueError, which is a problem."""
-        encoded = self.table.cells[column].dictionary_encode()
-        self.used.add(column)
-        values, errors = np.full(len(encoded.dictionary), np.nan), dict[int, str]()
-        for code, text in enumerate(encoded.dictionary.to_pylist()):
-            try:
-                values[code] = parse(text)
-            except ValueError as error:
-                errors[code] = str(error)
-        codes = encoded.indices.to_numpy()
-        for row in np.flatnonzero(np.isin(codes, list(errors))) if errors else ():
-            self._problem(int(row), "cell", f"{errors[int(codes[row])]}; correct it, or leave it empty if unknown")
-        return values[codes]
-
-    def _problem(self, row: int, kind: str, what: str) -> None:
-        self.bad.add(self.ids[row])
-        self.problems.append(Problem(self.ids[row], kind, self.table.where(row), what))
+def _join(columns: _Columns, photos: _Photos, trained: TrainedOn) -> PhotoSet:
+    """Join the rows of a table to lesions and find their photos; those with a problem are left out."""
+    task = columns.task
+    columns.read_ids()
+    values = [columns.metadata(number) for number in range(len(task.fields))]
+    if columns.row_is_photo:
+        rows = columns.rows_by_view(columns.views())
+    else:
+        columns.refuse_repeated_lesions("duplicate lesion", "keep one")
+        rows = np.arange(len(columns.table))[:, None]
+    scores = columns.concept_scores(rows)
+    paths = {view: columns.paths(column, photos) for view, column in columns.photos.items()}
+    if columns.row_is_photo:
+        own = {view: rows[:, at] for at, view in enumerate(task.view_names)}
+        paths = {view: np.where(each >= 0, paths[""][each], np.array(None)) for view, each in own.items()}
+    metadata = np.empty((len(rows), len(values)))
+    for at, field in enumerate(task.fields):
+        metadata[:, at], differ = agreed(rows, values[at])
+        for lesion in differ.tolist():
+            columns.add_difference(rows[lesion], field.column)
+    first = np.where(rows[:, 0] >= 0, rows[:, 0], rows[:, -1])
+    kept = columns.valid_lesions()[columns.codes[first]]
+    present = np.stack([own.astype(bool) for own in paths.values()]).any(0)
+    for row in first[kept & ~present].tolist():
+        what = f"lesion {columns.lesion_id(row)} has no photo; add one or remove its rows"
+        columns.add_problem(row, "missing photo", what)
+    kept &= present
+    return _photo_set(
+        trained, {view: own[kept].tolist() for view, own in paths.items()},
+        lesion_ids=[columns.lesion_id(row) for row in first[kept].tolist()],
+        concept_scores=scores[kept], metadata=metadata[kept],
+    )  # fmt: skip

@@ -60,18 +60,16 @@ class LesionBuilder:
         ]
         concepts = [view[at] for at in range(len(scores[0])) for view in scores] if scores else []
         for at, number in sorted(disagree):
-            self._differ(rows[at], task.fields[number].column)
+            self.columns.add_difference(rows[at], task.fields[number].column)
         label, differ = agreed(rows, labels, UNLABELED)
         for at in differ.tolist():
-            self._differ(rows[at], task.columns.diagnosis or "diagnosis")
+            self.columns.add_difference(rows[at], task.columns.diagnosis or "diagnosis")
         fine = self._fine(rows, label)
         group, group_names = self._agreed_groups(rows, groups)
 
-        wrong = np.zeros(len(self.columns.names), bool)  # by lesion
-        wrong[self.columns.codes[list(self.columns.bad)]] = True
         first = np.where(rows[:, 0] >= 0, rows[:, 0], rows[:, -1])
         code = self.columns.codes[first]
-        kept = ~wrong[code]
+        kept = self.columns.valid_lesions()[code]
         absent = np.stack([column < 0 for column in images.values()], 1)
         spellings = Spellings(self.columns.names)
         for at in np.flatnonzero(kept & (absent.all(1) if self.mark_missing else absent.any(1))).tolist():
@@ -102,20 +100,8 @@ class LesionBuilder:
         task = self.task
         images = [self._paths(column) for column in image_columns(task)]
         self.photos.clear()
-        own = np.arange(len(self.table), dtype=np.int32)
         if task.row_per_photo:
-            view = self.columns.views()
-            rows = np.full((len(self.columns.names), len(task.views)), -1, np.int32)
-            seen = view >= 0
-            placed, place = own[seen], (self.columns.codes.astype(np.int64) * len(task.views) + view)[seen]
-            rows.reshape(-1)[place[::-1]] = placed[::-1]  # the first row of several is written last
-            others = rows.reshape(-1)[place]
-            repeated = others != placed
-            for row, other in zip(placed[repeated].tolist(), others[repeated], strict=True):
-                what = f"lesion {self.columns.lesion_id(row)} has two {task.view_names[view[row]]} photos"
-                earlier = self.table.numbers[int(other)]
-                self.columns.add_problem(row, "duplicate photo", f"{what}, the first in row {earlier}; keep one")
-            rows = rows[rows.max(1, initial=-1) >= 0]
+            rows = self.columns.rows_by_view(self.columns.views())
             return rows, {
                 name: np.where(rows[:, at] >= 0, images[0][rows[:, at]], -1).astype(np.int32)
                 for at, name in enumerate(task.view_names)
@@ -125,7 +111,7 @@ class LesionBuilder:
             group = f"columns: {{lesion_id: null, group: {task.columns.lesion_id}}} in task.yaml"
             advice = f"keep one, or make every photo a lesion by {group}"
         self.columns.refuse_repeated_lesions("duplicate lesion", advice)
-        return own[:, None], dict(zip(task.view_names, images, strict=True))
+        return np.arange(len(self.table), dtype=np.int32)[:, None], dict(zip(task.view_names, images, strict=True))
 
     def _missing(self, lesion_id: str, absent: np.ndarray) -> str:
         """Return what is wrong with a lesion that lacks photos. absent: (V,) bool by view."""
@@ -176,13 +162,8 @@ class LesionBuilder:
             return group, names
         group, differ = agreed(rows, groups[0], -1)
         for at in differ.tolist():
-            self._differ(rows[at], self.task.columns.group or "")
+            self.columns.add_difference(rows[at], self.task.columns.group or "")
         return group, groups[1]
-
-    def _differ(self, rows: np.ndarray, column: str) -> None:
-        row = int(rows[-1])
-        what = f"the photos of lesion {self.columns.lesion_id(row)} differ in {column}; all rows need the same"
-        self.columns.add_problem(row, "rows differ", what)
 
     def _fine(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the finer label of each lesion (L,), `UNLABELED` for none of the task's.
@@ -194,7 +175,7 @@ class LesionBuilder:
             return no_labels(len(rows))
         finer, differ = agreed(rows, found, UNLABELED)
         for at in differ.tolist():
-            self._differ(rows[at], task.fine.column)
+            self.columns.add_difference(rows[at], task.fine.column)
         pairs = np.unique(np.stack([labels, finer], 1), axis=0).tolist()
         wrong = {(label, own): why for label, own in pairs if (why := task.fine_contradiction(label, own))}
         contradictions = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from triderm_dist.data.readers.lesion_table import no_labels
 from triderm_dist.data.readers.table import Table
 from triderm_dist.data.shards.format import Text
 from triderm_dist.runtime.messages import did_you_mean, nearest, quoted
-from triderm_dist.schema import UNLABELED, Task
+from triderm_dist.schema import UNLABELED, MetadataField, Task
 
 
 @dataclass
@@ -55,11 +55,9 @@ class ParsedColumns:
             self.codes, texts = ids.indices.to_numpy()[self.codes], ids.dictionary
         self.names = Text(pa.chunked_array([texts]))
         wrong = {code: why for code, lesion_id in enumerate(self.names) if (why := why_no_lesion_id(lesion_id))}
-        for row in np.flatnonzero(np.isin(self.codes, list(wrong))).tolist() if wrong else ():
-            code = int(self.codes[row])
-            what = f"{name} {quoted(self.names[code])} {wrong[code]}"
-            what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
-            self.add_problem(row, "row", what)
+        advice = "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
+        for row, code in rows_of(wrong, self.codes):
+            self.add_problem(row, "row", f"{name} {quoted(self.names[code])} {wrong[code]}{advice}")
 
     def refuse_repeated_lesions(self, kind: str, advice: str) -> None:
         """Make every row of a lesion but its first a problem."""
@@ -85,28 +83,43 @@ class ParsedColumns:
                 raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}{_as_words('views')}")
             return words[text.lower()]
 
-        return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(np.int8)
+        return np.nan_to_num(self.parsed(column, parse, "row"), nan=-1).astype(np.int8)
+
+    def rows_by_view(self, views: np.ndarray) -> np.ndarray:
+        """Return the row of each lesion and view (L, V), -1 for none, of lesions with a row of a known view.
+
+        views: (N,) as `views` returns them. A second row of a view becomes a problem.
+        """
+        rows = np.full((len(self.names), len(self.task.views)), -1, np.int32)
+        placed = np.flatnonzero(views >= 0).astype(np.int32)
+        place = self.codes[placed].astype(np.int64) * len(self.task.views) + views[placed]
+        rows.reshape(-1)[place[::-1]] = placed[::-1]  # the first row of several is written last
+        others = rows.reshape(-1)[place]
+        repeated = others != placed
+        for row, other in zip(placed[repeated].tolist(), others[repeated].tolist(), strict=True):
+            what = f"lesion {self.lesion_id(row)} has two {self.task.view_names[views[row]]} photos"
+            earlier = self.table.numbers[other]
+            self.add_problem(row, "duplicate photo", f"{what}, the first in row {earlier}; keep one")
+        return rows[rows.max(1, initial=-1) >= 0]
 
     def metadata(self, number: int) -> np.ndarray:
         """Return the values of a metadata field (N,), NaN where missing."""
-        about, words = self.task.fields[number], self.task.missing_words
+        about = self.task.fields[number]
         if about.column not in self.table.cells:
             self.notes.append(f"no column {self._absent(about.column)}: {about.label} is missing for every lesion")
             return np.full(len(self.table), np.nan)
-
-        def parse(text: str) -> float:
-            try:
-                return parse_field(about, text, words)
-            except ValueError as error:
-                other = ", or list it" if about.is_number else f", list it under synonyms of {about.name} or"
-                raise ValueError(f"{error}; correct it{other} under missing_words in task.yaml") from None
-
-        found = self._parsed(about.column, parse, "cell", (about.low, about.high) if about.is_number else None)
+        other = ", or list it" if about.is_number else f", list it under synonyms of {about.name} or"
+        found = self.parsed_field(about, f"; correct it{other} under missing_words in task.yaml")
         if not about.is_number:
             seen = set(found[~np.isnan(found)].astype(int).tolist())
             if absent := [name for at, name in enumerate(about.categories) if at not in seen]:
                 self.notes.append(f"{about.column}: no row has {', '.join(absent)}")
         return found
+
+    def parsed_field(self, about: MetadataField, advice: str) -> np.ndarray:
+        """Return the values in the column of a field (N,), NaN where missing. advice: the end of messages."""
+        span, words = (about.low, about.high) if about.is_number else None, self.task.missing_words
+        return self.parsed(about.column, lambda text: parse_field(about, text, words), "cell", span, advice=advice)
 
     def concept_columns(self) -> list[str]:
         """Return the columns of concept scores, in an order that is independent of the table's."""
@@ -121,15 +134,14 @@ class ParsedColumns:
         if column not in self.table.cells:
             self.notes.append(f"no column {self._absent(column)}: this concept is missing for every lesion")
             return np.full(len(self.table), np.nan)
-        scores = self.task.concepts.words
+        return self.parsed_scores(column, "; correct it, or list it under concepts.words in task.yaml")
 
-        def parse(text: str) -> float:
-            try:
-                return parse_score(column, text, self.task.missing_words, scores)
-            except ValueError as error:
-                raise ValueError(f"{error}; correct it, or list it under concepts.words in task.yaml") from None
-
-        return self._parsed(column, parse, "cell", (0.0, 1.0), scores)
+    def parsed_scores(self, column: str, advice: str) -> np.ndarray:
+        """Return the scores in a column (N,), NaN where missing. advice: the end of messages."""
+        missing, scores = self.task.missing_words, self.task.concepts.words
+        return self.parsed(
+            column, lambda text: parse_score(column, text, missing, scores), "cell", (0.0, 1.0), scores, advice
+        )
 
     def labels(self) -> np.ndarray:
         """Return the label of each row (N,), `UNLABELED` for none."""
@@ -146,7 +158,7 @@ class ParsedColumns:
                 return UNLABELED
             return parse_diagnosis(text, task, column)
 
-        return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(np.int16)
+        return np.nan_to_num(self.parsed(column, parse, "label"), nan=UNLABELED).astype(np.int16)
 
     def finer_labels(self) -> np.ndarray | None:
         """Return the finer label of each row (N,), `UNLABELED` for none of the task's; None where no lesion has one."""
@@ -156,7 +168,7 @@ class ParsedColumns:
         if fine.column not in self.table.cells:
             self.notes.append(f"no column {self._absent(fine.column)}: no lesion has a finer label")
             return None
-        return self._parsed(fine.column, fine.label_of, "label").astype(np.int16)
+        return self.parsed(fine.column, fine.label_of, "label").astype(np.int16)
 
     def groups(self) -> tuple[np.ndarray, Text] | None:
         """Return the group of each row (N,), -1 for none, and the names of groups; None without a group column."""
@@ -172,8 +184,7 @@ class ParsedColumns:
         missing = pc.is_in(pc.utf8_lower(names), words).to_numpy(zero_copy_only=False)
         texts = Text(pa.chunked_array([names]))
         wrong = {at: why for at, name in enumerate(texts) if not missing[at] and (why := why_no_id(name))}
-        for row in np.flatnonzero(np.isin(codes, list(wrong))).tolist() if wrong else ():
-            code = int(codes[row])
+        for row, code in rows_of(wrong, codes):
             self.add_problem(row, "row", f"{column} {quoted(texts[code])} {wrong[code]}")
         self.notes += spelled_alike(names.filter(pa.array(~missing)), column)
         return np.where(missing[codes], -1, codes).astype(np.int32), texts
@@ -182,6 +193,18 @@ class ParsedColumns:
         """Add a problem, which names the row and its lesion."""
         self.bad.add(row)
         self.problems.append(Problem(self.lesion_id(row), kind, self.table.where(row), what))
+
+    def add_difference(self, rows: np.ndarray, column: str) -> None:
+        """Add the problem that the rows of a lesion (R,), -1 for none, differ in a column."""
+        row = int(rows[-1])
+        what = f"the photos of lesion {self.lesion_id(row)} differ in {column}; all rows need the same"
+        self.add_problem(row, "rows differ", what)
+
+    def valid_lesions(self) -> np.ndarray:
+        """Return whether no row of a lesion has a problem (L,)."""
+        valid = np.ones(len(self.names), bool)
+        valid[self.codes[list(self.bad)]] = False
+        return valid
 
     def cells_of(self, column: str, rows: Sequence[int]) -> list[str]:
         """Return the cells of a few rows, in ascending order."""
@@ -209,7 +232,7 @@ class ParsedColumns:
         ones, zeros, empty = (np.zeros(len(self.table), np.int16) for _ in range(3))
         labels = no_labels(len(self.table))
         for at, name in enumerate(names):
-            values = self._parsed(name, parse, "label")
+            values = self.parsed(name, parse, "label")
             labels[values == 1] = at
             ones += values == 1
             zeros += values == 0
@@ -226,17 +249,19 @@ class ParsedColumns:
         near = nearest(column, (name for name in self.table.header if name.lower() not in known))
         return f"{column!r} (is {near!r} meant?)" if near else repr(column)
 
-    def _parsed(
+    def parsed(
         self,
         column: str,
         parse: Callable[[str], float],
         kind: str,
         span: tuple[float, float] | None = None,
         words: Iterable[str] = (),
+        advice: str = "",
     ) -> np.ndarray:
         """Parse a column (N,), each distinct text of a part once; NaN and a problem where that raises ValueError.
 
         span: numbers in this range are parsed at once, without `parse`, unless they are one of `words`.
+        advice: the end of messages.
         """
         self.used.add(column)
         result, start = np.empty(len(self.table)), 0
@@ -245,11 +270,17 @@ class ParsedColumns:
             encoded = cells.dictionary_encode()
             values, errors = parsed_texts(encoded.dictionary, parse, span, missing)
             codes = encoded.indices.to_numpy()
-            for row in np.flatnonzero(np.isin(codes, list(errors))).tolist() if errors else ():
-                self.add_problem(start + row, kind, errors[int(codes[row])])
+            for row, code in rows_of(errors, codes):
+                self.add_problem(start + row, kind, f"{errors[code]}{advice}")
             result[start : start + len(codes)] = values[codes]
             start += len(codes)
         return result
+
+
+def rows_of(chosen: Collection[int], codes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield (row, code) of the rows whose code, of codes (N,), is one of the chosen ones."""
+    rows = np.flatnonzero(np.isin(codes, list(chosen))) if chosen else np.empty(0, np.int64)
+    return zip(rows.tolist(), codes[rows].tolist(), strict=True)
 
 
 def parse_diagnosis(text: str, task: Task, column: str) -> int:

@@ -129,9 +129,9 @@ class Table:
     def where(self, row: int) -> str:
         return f"{self.path}, row {self.numbers[row]}"
 
-    def find(self, name: str) -> str | None:
-        """Return the header's spelling of a column name, ignoring case; None if there is no such column."""
-        return next((column for column in self.cells if column.lower() == name.lower()), None)
+    def find(self, *names: str | None) -> str | None:
+        """Return the first of these columns that the table has, as `find_column`."""
+        return find_column(self.cells, *names)
 
     def named(self, known: Iterable[str]) -> Table:
         """Return the same table; columns that differ from a name in `known` by case only are renamed to it."""
@@ -174,6 +174,12 @@ class Table:
                 columns = [column.take(pa.array(rows - (start - len(column)))) for column in columns]
             for at, cells in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
                 yield self.where(int(rows[at])), dict(zip(self.cells, cells, strict=True))
+
+
+def find_column(header: Iterable[str], *names: str | None) -> str | None:
+    """Return the first of these names that is in the header, ignoring case, as the header spells it; None for none."""
+    wanted = [name.lower() for name in names if name]
+    return next((column for name in wanted for column in header if column.lower() == name), None)
 
 
 def find_tables(folder: Path) -> list[Path]:
