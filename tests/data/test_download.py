@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import signal
 import socket
 import stat
 import struct
@@ -19,9 +21,11 @@ from typing import Any
 
 import pytest
 
+from tests.faults.injection import Plan
 from tests.processes import HANG_SECONDS, launch
 from triderm_dist.cli import Interrupted
 from triderm_dist.data.download import download, fetch, read_checksums, unpack
+from triderm_dist.files import LOCK_SECONDS, exclusive_lock
 from triderm_dist.schema import DataError
 
 DATA = bytes(range(256)) * 2000
@@ -295,6 +299,47 @@ def test_download_unpack_and_pack_end_to_end(server: Server, make_challenge: Any
     assert down.returncode == 3 and down.stderr.startswith(
         "interrupted: http://127.0.0.1:9/MILK10k_Training_Metadata.csv"
     )
+
+
+@pytest.mark.slow
+def test_killed_download_goes_on_at_any_moment(server: Server, tmp_path: Path) -> None:
+    """Killed just before any change of a file, the same command ends with the same files, and nothing else."""
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as file:
+        file.writestr("MILK10k_Test_Input/IL_1/ISIC_1.jpg", DATA)
+    server.files = {"/MILK10k_Test_Metadata.csv": b"isic_id\n1\n", "/MILK10k_Test_Input.zip": archive.getvalue()}
+    output, scratch = tmp_path / "got", tmp_path / "scratch"
+    program = ("triderm_dist.commands.download", f"output={output}", "part=test", f"base_url={server.url}")
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def killed_at(change: int) -> int:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        return launch(
+            *program, check=False, environment=Plan(str(output), str(scratch), change).environment()
+        ).returncode
+
+    assert killed_at(0) == 0
+    expected, changes = files(), (scratch / "changes").read_text().splitlines()
+    assert sorted(expected) == [
+        "MILK10k_Test_Input/IL_1/ISIC_1.jpg", "MILK10k_Test_Metadata.csv", "downloads.json",
+    ]  # fmt: skip
+    for number, change in enumerate(changes, 1):
+        shutil.rmtree(output)
+        assert killed_at(number) == -signal.SIGKILL
+        done = launch(*program, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), f"killed before {change}"
+        assert files() == expected, f"killed before {change}"
+
+
+def test_second_download_into_a_folder_waits_for_the_first(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "got").mkdir()
+    words = ("triderm_dist.commands.download", f"output={tmp_path}/got", "part=test", f"base_url={server.url}")
+    with exclusive_lock(tmp_path / "got" / ".lock", "test"):
+        done = launch(*words, check=False, environment={LOCK_SECONDS: "0"})
+    assert done.returncode == 3 and server.ranges == []
+    assert done.stderr.startswith(f"error: {tmp_path}/got: another download into this folder is running"), done.stderr
 
 
 def test_existing_files_are_not_overwritten(server: Server, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json
 from triderm_dist.cli import Interrupted
-from triderm_dist.files import file_sha256, write_json
+from triderm_dist.files import exclusive_lock, file_sha256, remove_dead_parts, write_json
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import DataError
@@ -83,12 +83,14 @@ def fetch(
     timeout: float = 30.0,
     pause: float = 1.0,
     progress: Progress | None = None,
+    verified: Callable[[Path, str], object] = lambda part, sha256: None,
 ) -> str:
     """Download `url` to `path`, resuming an incomplete download, and return its SHA-256.
 
     Checks the length that the server announced, and `sha256` if given, else the MD5 that S3 gives as entity tag of a
     file uploaded in one part. attempts: failed attempts in a row without a new byte before giving up. timeout: seconds
-    without a byte that end an attempt. pause: seconds before the next attempt, doubled each time.
+    without a byte that end an attempt. pause: seconds before the next attempt, doubled each time. verified: called with
+    the complete file and its SHA-256 before it is renamed to `path`.
 
     Raises DataError for a URL that does not serve the file and for a wrong checksum, Interrupted if the server
     cannot be reached and the same call can resume later.
@@ -120,6 +122,7 @@ def fetch(
         raise DataError(
             f"{url}: checksum {actual} is not the expected {expected}; the file was removed, rerun the command"
         )
+    verified(part, digests["sha256"])
     part.replace(path)
     _description_file(part).unlink(missing_ok=True)
     return digests["sha256"]
@@ -336,45 +339,68 @@ def download(
 ) -> None:
     """Fetch each of the files into `folder` and unpack the zips; files of an earlier download are kept.
 
-    FOLDER/downloads.json lists length and SHA-256 of the downloaded files. checksums: {name: expected SHA-256}.
-    options: for `fetch`. Raises as `fetch` and `unpack` do.
+    FOLDER/downloads.json lists length and SHA-256 of the downloaded files, each before it appears, so that a download
+    that was killed is known for what it is. checksums: {name: expected SHA-256}. options: for `fetch`. Raises as
+    `fetch` and `unpack` do, and Busy while another process downloads into the folder.
     """
     if not base_url.startswith(("https://", "http://")):
         raise DataError(f"base_url {base_url!r}: not an http or https URL")
     record = folder / "downloads.json"
-    done = _read_record(record)
     shown = progress or (lambda title: contextlib.nullcontext(lambda now, total: None))
-    for name in names:
-        path = folder / name
-        target = path.with_suffix("") if path.suffix == ".zip" else path
-        expected = (checksums or {}).get(name)
-        if target.exists() and name in done:
-            if expected and done[name]["sha256"] != expected:
-                raise DataError(f"{target}: downloaded before with another checksum; delete it and rerun the command")
-            log(f"{name}: downloaded before")
-            continue
-        if target.exists():
-            raise DataError(f"{target}: exists, but was not downloaded by this program; choose another output folder")
-        if not path.exists():
-            with shown(name) as progress_of_file:
-                sha256 = fetch(f"{base_url.rstrip('/')}/{name}", path, sha256=expected,
-                               progress=progress_of_file, **options)  # fmt: skip
-        else:
-            sha256 = file_sha256(path)  # of a run that was killed, or of the user
-            if expected and sha256 != expected:
+    with _locked(folder):
+        remove_dead_parts(folder)
+        done = _read_record(record)
+        for name in names:
+            path, url = folder / name, f"{base_url.rstrip('/')}/{name}"
+            target = path.with_suffix("") if path.suffix == ".zip" else path
+            expected = (checksums or {}).get(name)
+
+            def add(file: Path, sha256: str, name: str = name, url: str = url) -> None:
+                done[name] = {"bytes": file.stat().st_size, "sha256": sha256, "url": redact(url)}
+                write_json(record, done)
+
+            if target.exists() and name in done:
+                if expected and done[name]["sha256"] != expected:
+                    raise DataError(
+                        f"{target}: downloaded before with another checksum; delete it and rerun the command"
+                    )
+                log(f"{name}: downloaded before")
+            elif target.exists():
                 raise DataError(
-                    f"{path}: checksum {sha256} is not the expected {expected}; delete it and rerun the command"
+                    f"{target}: exists, but was not downloaded by this program; choose another output folder"
                 )
-        size = path.stat().st_size
-        entry = {"bytes": size, "sha256": sha256, "url": redact(f"{base_url.rstrip('/')}/{name}")}
-        if path.suffix == ".zip":
-            with shown(f"unpacking {name}") as progress_of_file:
-                unpack(path, target, max_bytes, progress_of_file)
-        done[name] = entry
-        write_json(record, done)
-        if path.suffix == ".zip" and not keep_zip:
-            path.unlink()
-        log(f"{name}: {size / 1e6:.1f} MB, sha256 {sha256}")
+            else:
+                if path.exists():
+                    add(path, _checked_sha256(path, expected))
+                else:
+                    with shown(name) as shown_bytes:
+                        fetch(url, path, sha256=expected, progress=shown_bytes, verified=add, **options)
+                if path.suffix == ".zip":
+                    with shown(f"unpacking {name}") as shown_bytes:
+                        unpack(path, target, max_bytes, shown_bytes)
+                log(f"{name}: {done[name]['bytes'] / 1e6:.1f} MB, sha256 {done[name]['sha256']}")
+            _description_file(path.with_name(f"{name}.part")).unlink(missing_ok=True)  # of a run that was killed
+            if path.suffix == ".zip" and not keep_zip:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder against other downloads by a file that is removed in the end. Raises Busy."""
+    lock = folder / ".lock"
+    with exclusive_lock(lock, f"{folder}: another download into this folder is running; wait for it or end it"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _checked_sha256(path: Path, expected: str | None) -> str:
+    """Return the SHA-256 of an archive that a run which was killed, or the user, has downloaded."""
+    sha256 = file_sha256(path)
+    if expected and sha256 != expected:
+        raise DataError(f"{path}: checksum {sha256} is not the expected {expected}; delete it and rerun the command")
+    return sha256
 
 
 class _Downloaded(BaseModel):
