@@ -13,17 +13,21 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate import Accelerator
 
 from triderm_dist.config import Experiment, load_run
 from triderm_dist.data.overlap import Thumbnails, find_shared
+from triderm_dist.data.shards.format import Text
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import find_networks
-from triderm_dist.predictions import find_predictions, read_predictions
+from triderm_dist.predictions import find_predictions
+from triderm_dist.predictions.files import PredictionFile
 from triderm_dist.runtime.messages import listed
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
@@ -38,13 +42,13 @@ class WarmStart:
 
     init: the setting, with its name.  networks: in the order in which they are tried.
     seen: for the training set and the test set, if that is packed, whether each network was trained on each lesion,
-    (networks, N) bool.  lesion_ids: of these sets, (N,) text.
+    (networks, N) bool.  lesion_ids: of these sets.
     """
 
     init: str
     networks: tuple[TrainedNetwork, ...]
     seen: tuple[np.ndarray, ...]
-    lesion_ids: tuple[np.ndarray, ...]
+    lesion_ids: tuple[Text, ...]
 
     def choose(self, rows: np.ndarray) -> TrainedNetwork:
         """Return the first network that was trained on none of these rows (n,) of the training set, nor on the test
@@ -117,42 +121,39 @@ def open_networks(
             photos = _shared_photos(other, each, experiment, accelerator, after_file)
             for number, network in enumerate(networks):
                 trained = other.trained(network)
-                found[number] |= np.isin(names[0], other.lesion_ids[trained])
-                found[number] |= np.isin(names[1], other.groups[trained])
+                for own_names, its_names in zip(names, (other.lesion_ids, other.groups), strict=True):
+                    found[number] |= _is_in(own_names, its_names.filter(pa.array(trained)))
                 for row, own_row in photos:
                     found[number, own_row] |= trained[row]
-        ids.append(names[0])
+        ids.append(each.lesion_ids)
         seen.append(found)
     return WarmStart(f"{setting}: {init}", tuple(networks), tuple(seen), tuple(ids))
 
 
 @dataclass(frozen=True)
 class _TrainingSet:
-    """The lesions of a set that another run trained on, (n,).
+    """The lesions of a set that another run trained on, (n,). lesion_ids, groups: large_string.
 
     labeled: whether they were used.  index: the packed set, with these rows; None if it no longer exists.
     held_out: {folder of a fold: ids of the lesions that it held out}; empty for an extra set.
     """
 
-    lesion_ids: np.ndarray
-    groups: np.ndarray
+    lesion_ids: pa.Array
+    groups: pa.Array
     labeled: np.ndarray
     index: ShardIndex | None
-    held_out: dict[str, np.ndarray]
+    held_out: dict[str, pa.Array]
 
     def trained(self, network: TrainedNetwork) -> np.ndarray:
         """Return which lesions (n,) the network was trained on."""
         if network.is_refit or network.folder.name not in self.held_out:
             return self.labeled
-        return self.labeled & ~np.isin(self.lesion_ids, self.held_out[network.folder.name])
+        return self.labeled & ~_is_in(self.lesion_ids, self.held_out[network.folder.name])
 
 
 def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[list[_TrainingSet], list[str]]:
     """Return the sets that the run of a network trained its model on, and notes on what cannot be compared."""
-    tables = {}
-    for path in find_predictions(network.run, [network.model]):
-        table = read_predictions(path)
-        tables[path.parent.name] = (table.lesion_ids.astype(str), table.groups.astype(str))
+    tables = {path.parent.name: _names_in(path) for path in find_predictions(network.run, [network.model])}
     held_out = {fold: ids for fold, (ids, _) in tables.items()}
     notes, sets = [], []
     try:
@@ -171,7 +172,7 @@ def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[lis
             ids, groups = _names(index)
             labeled = index.labels != UNLABELED
         elif number == 0 and tables:
-            ids, groups = (np.concatenate(columns) for columns in zip(*tables.values(), strict=True))
+            ids, groups = (pa.concat_arrays(columns) for columns in zip(*tables.values(), strict=True))
             labeled = np.ones(len(ids), bool)
         else:
             notes.append(f"{network.run} does not record the lesions that it was trained on; they are not compared")
@@ -180,10 +181,21 @@ def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[lis
     return sets, notes
 
 
-def _names(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and groups of all lesions, (N,) text each."""
-    rows = np.arange(len(index))
-    return index.lesion_ids[rows].astype(str), index.groups[rows].astype(str)
+def _names(index: ShardIndex) -> tuple[pa.Array, pa.Array]:
+    """Return ids and groups of all lesions, (N,) large_string each."""
+    return index.lesion_ids.column, index.groups.column
+
+
+def _names_in(path: Path) -> tuple[pa.Array, pa.Array]:
+    """Return ids and groups of the lesions in a file of predictions, (n,) large_string each."""
+    table = pa.concat_tables(PredictionFile(path).tables(("lesion_id", "group")))
+    ids, groups = (table[name].cast(pa.large_string()).combine_chunks() for name in ("lesion_id", "group"))
+    return ids, groups
+
+
+def _is_in(names: pa.Array, others: pa.Array) -> np.ndarray:
+    """Return which names (n,) are among others, bool."""
+    return pc.is_in(names, others).to_numpy(zero_copy_only=False)
 
 
 def _shared_photos(
