@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from triderm_dist.config import LossConfig
-from triderm_dist.losses import EXCLUDED_LOGIT, LOSS_TERMS, CompoundLoss, LossTerm, focal_loss, soft_f1_loss
+from triderm_dist.losses import (
+    EXCLUDED_LOGIT,
+    LOSS_TERMS,
+    CompoundLoss,
+    DrawnLesions,
+    LossTerm,
+    focal_loss,
+    soft_f1_loss,
+)
 from triderm_dist.schema import Batch, ConfigError, Outputs
 from triderm_dist.settings import Section
 
@@ -393,3 +401,24 @@ def test_full_mask_and_weights_of_one_change_nothing(head, union, more_terms):
     assert full[1] == pytest.approx(without[1], rel=1e-6)
     for one, other in zip(without[0], full[0], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
+
+
+def test_adjusted_logits_of_several_sets_have_the_likelihoods_as_their_optimum():
+    """Sets that distinguish other diagnoses in other shares are all fitted by logits log p(x | diagnosis) of lesions x.
+
+    There the gradient is 0: softmax(logits + log prior) over a set's diagnoses is the posterior of the set, if the
+    prior is that of the set.
+    """
+    likelihood = np.random.default_rng(0).dirichlet(np.ones(6), size=4).T  # of 6 lesions x, for 4 diagnoses
+    masks = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]], bool)
+    totals = np.array([[50.0, 30, 15, 5], [900, 45, 0, 0], [0, 2.5, 40, 8]])
+    group, x, label = (each.ravel() for each in np.indices((3, 6, 4)))
+    weights = torch.tensor(totals[group, label] * likelihood[x, label], dtype=torch.float32)
+    config = LossConfig(focal_weight=1, soft_f1_weight=0, gamma=0, logit_adjustment=1)
+    loss = CompoundLoss(config, "softmax", totals.sum(0), 1, DrawnLesions(masks, totals))
+    table = torch.tensor(likelihood, dtype=torch.float32).log().requires_grad_()
+    known = torch.ones(len(x), dtype=torch.bool)
+    batch = batch_of(torch.tensor(label), known, torch.tensor(masks[group]), weights)
+    sums = loss.sums(Outputs(table[torch.tensor(x)], None, None, torch.zeros(len(x), 1)), batch)
+    (gradient,) = torch.autograd.grad(loss.surrogate(sums, loss.slopes(sums, len(x))), table)
+    assert gradient.abs().max() < 1e-5

@@ -216,6 +216,18 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {}
 """Terms for `train.loss.terms`, by name; plugins add theirs."""
 
 
+@dataclass(frozen=True)
+class DrawnLesions:
+    """The lesions that an epoch draws on average, for the priors of the logit adjustment.
+
+    masks: (G, C) bool, the different class masks of lesions.  totals: (G, C) lesions of each diagnosis that have this
+    mask, with repeats, each times its weight relative to the mean weight of those with this mask.
+    """
+
+    masks: np.ndarray
+    totals: np.ndarray
+
+
 class CompoundLoss(nn.Module):
     """Weighted sum of terms, of the main head and, times `aux_weight`, of the auxiliary heads.
 
@@ -235,20 +247,38 @@ class CompoundLoss(nn.Module):
     exp z_k over the mask (ER-ACE, Caccia et al. 2022; for sigmoids the masked loss of Cohen et al. 2020). Everything
     that is summed over lesions is multiplied by w; means still divide by the number of lesions.
 
+    The logit adjustment of training, logits + tau log(prior) (Menon et al. 2021), takes the prior of the distribution
+    that lesions are drawn from, with repeats and weights, among the lesions with the same class mask: sets that
+    distinguish other diagnoses have shares of their own, and one prior for all would favor diagnoses that a large
+    extra set leaves out.
+
     Raises ConfigError for an unknown term, wrong settings of a term, or weights that are all 0.
     """
 
-    log_prior: torch.Tensor
+    masks: torch.Tensor
+    log_priors: torch.Tensor
 
     def __init__(
-        self, config: LossConfig, head: HeadKind, class_counts: Sequence[int] | np.ndarray, heads: int = 3
+        self,
+        config: LossConfig,
+        head: HeadKind,
+        class_counts: Sequence[int] | np.ndarray,
+        heads: int = 3,
+        drawn: DrawnLesions | None = None,
     ) -> None:
-        """class_counts: (C,) lesions of each diagnosis.  heads: of the network, the main one and one per view."""
+        """class_counts: (C,) training lesions of each diagnosis.  heads: of the network, the main one and one per view.
+        drawn: None if each lesion is drawn once, with weight 1, and all diagnoses are distinguished.
+        """
         super().__init__()
         self.config, self.head, self.heads = config, head, heads
         counts = torch.as_tensor(np.asarray(class_counts), dtype=torch.float32)
-        at_least_one = counts.clamp(min=1)
-        self.register_buffer("log_prior", (at_least_one / at_least_one.sum()).log(), persistent=False)
+        self.classes = len(counts)
+        masks, totals = torch.ones(1, self.classes, dtype=torch.bool), counts[None]
+        if drawn:
+            masks, totals = torch.as_tensor(drawn.masks), torch.as_tensor(drawn.totals, dtype=torch.float32)
+        totals = torch.where(totals > 0, totals, 1.0)  # a diagnosis without lesions: as if it had one
+        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("log_priors", (totals / totals.sum(1, keepdim=True)).log(), persistent=False)
         self.weights = {name: float(getattr(config, f"{name}_weight")) for name in BUILT_IN}
         self.terms = nn.ModuleDict({name: kind(config, counts) for name, kind in BUILT_IN.items()})
         if config.fine_weight:
@@ -276,7 +306,7 @@ class CompoundLoss(nn.Module):
 
     def sums(self, outputs: Outputs | FineOutputs, batch: Batch) -> Sums:
         """Return the sums of each term over the valid lesions of a part, with gradient."""
-        targets = _one_hot(batch.labels, len(self.log_prior)) if batch.targets is None else batch.targets
+        targets = _one_hot(batch.labels, self.classes) if batch.targets is None else batch.targets
         inputs = [
             LossInputs(self._adjusted(logits, batch), self.head, batch, targets, outputs) for logits in outputs.heads
         ]
@@ -348,10 +378,17 @@ class CompoundLoss(nn.Module):
         return values
 
     def _adjusted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Apply the logit adjustment of training, logits + tau log(prior) (Menon et al. 2021), and the class mask."""
-        tau = self.config.logit_adjustment
-        logits = logits.float() if tau == 0 else logits.float() + tau * self.log_prior
+        """Apply the logit adjustment of training and the class mask."""
+        logits = logits.float()
+        if tau := self.config.logit_adjustment:
+            logits = logits + tau * self._log_prior(batch)
         return logits if batch.class_mask is None else logits.masked_fill(~batch.class_mask, EXCLUDED_LOGIT)
+
+    def _log_prior(self, batch: Batch) -> torch.Tensor:
+        """Return the logarithm of the prior of each lesion, (B, C), or of all, (C,)."""
+        if batch.class_mask is None:
+            return self.log_priors[0]
+        return self.log_priors[(batch.class_mask[:, None] == self.masks).all(2).int().argmax(1)]
 
 
 def _mean_weights(name: str) -> str:

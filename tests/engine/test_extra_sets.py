@@ -13,12 +13,13 @@ import yaml
 from tests.processes import ROOT
 from tests.union_sets import MAIN, MAP, OTHER, main_set, other_set, pack_set
 from triderm_dist.config import Experiment, load
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.engine import crossval
+from triderm_dist.engine import crossval, fold
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.extra_sets import open_extra_sets
 from triderm_dist.engine.fold import assigned_folds, is_fold_finished, result_hash, resume_hash
-from triderm_dist.engine.trainer import Trainer, TrainingData
+from triderm_dist.engine.trainer import Trainer, TrainingData, _Epochs
 from triderm_dist.files import file_sha256
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
@@ -106,6 +107,57 @@ def test_training_without_extra_sets_is_unchanged_bit_for_bit(sets, tmp_path, da
     assert weights[0] == weights[1]
     assert result_hash(runs[0], main, "tri", 0) == result_hash(runs[1], main, "tri", 0)
     assert all(each.training is each.loaders for each in data)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7, 1.0])
+def test_prior_of_logit_adjustment_is_that_of_the_lesions_as_drawn(sets, tmp_path, data, power):
+    main, other = sets
+    larger = other_set(tmp_path / "larger", lesions=19)
+    third = other_set(tmp_path / "third", lesions=9)
+    extra = entry(other), entry(larger, weight=0.2), entry(third, map={**MAP, "scar": "WART"})
+    words = (f"train.sampling={{kind: balanced, threshold: 0.5, power: {power}}}", "train.loss={logit_adjustment: 1}")
+    run = experiment(tmp_path / "run", *extra, words=words)
+    run_folds(run, main, ["tri"], [1])
+    (training,) = data
+    config = run.models["tri"].train
+    union, sampling = training.training.index, Sampling(**config.sampling.model_dump())
+    samples, totals = Samples.of(union, training.train_rows), {}
+    for epoch in range(200):
+        drawn = union.inputs(EpochPlan(samples, sampling, 0, epoch).order)
+        for mask, label, weight in zip(drawn.class_mask.tolist(), drawn.labels, drawn.weights, strict=True):
+            totals.setdefault(tuple(mask), np.zeros(4))[label] += weight
+    assert len(totals) == 3
+    got = _Epochs(config, training, 0).drawn_lesions()
+    for mask, expected in totals.items():
+        (own,) = got.totals[(got.masks == mask).all(1)]
+        np.testing.assert_allclose(own / own.sum(), expected / expected.sum(), atol=2e-3)
+
+
+def test_hash_names_the_prior_only_where_it_changed(sets, tmp_path, monkeypatch):
+    main, other = sets
+    full = dict(zip(other.diagnoses, main.diagnoses, strict=True))
+    cases = {
+        "shuffle": ((), "kind: shuffle"),
+        "power 0": ((), "kind: balanced, power: 0"),
+        "full map": ((entry(other, map=full, weight=1),), "kind: shuffle"),
+        "balanced": ((), "kind: balanced"),
+        "weight": ((entry(other, map=full),), "kind: shuffle"),
+        "mask": ((entry(other, weight=1),), "kind: shuffle"),
+    }
+
+    def hashes(tau: float) -> dict[str, str]:
+        words = f"train.loss={{logit_adjustment: {tau}}}"
+        runs = {
+            name: experiment(tmp_path, *extra, words=(words, f"train.sampling={{{sampling}}}"))
+            for name, (extra, sampling) in cases.items()
+        }
+        return {name: result_hash(run, main, "tri", 0) for name, run in runs.items()}
+
+    now = [hashes(tau) for tau in (0.0, 1.0)]
+    monkeypatch.setattr(fold, "_has_prior_as_drawn", lambda *_: False)
+    before = [hashes(tau) for tau in (0.0, 1.0)]
+    assert now[0] == before[0]
+    assert [name for name in cases if now[1][name] != before[1][name]] == ["balanced", "weight", "mask"]
 
 
 def test_hashes_hold_the_content_of_extra_sets(sets, tmp_path):

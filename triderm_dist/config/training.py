@@ -128,7 +128,7 @@ class LossConfig(Section):
         0.0,
         ge=0,
         description="softmax head: tau of the training-time adjustment logits + tau * log(prior); the prior is the "
-        "share of a diagnosis among the training lesions, before sampling.kind=balanced repeats rare ones",
+        "share of a diagnosis among the lesions as drawn, with the repeats of sampling.kind=balanced",
     )
     soft_f1_sums: Literal["exact", "previous"] = Field(
         "exact",

@@ -73,6 +73,12 @@ class Sampling:
     window: int | None = None
     last: Literal["pad", "drop"] = "pad"
 
+    def repeats(self, counts: np.ndarray) -> np.ndarray:
+        """Return how often an epoch takes a sample of each label on average, (C,), given the samples of each (C,)."""
+        if self.kind != "balanced":
+            return np.ones(len(counts))
+        return repeat_factors(counts, self.threshold, self.power)
+
 
 @dataclass(frozen=True)
 class PlannedBatch:
@@ -203,7 +209,7 @@ class EpochPlan:
     def _repeated(self) -> list[_Repeated]:
         """The diagnoses whose samples are repeated."""
         found, counts = [], self.samples.counts
-        factors = repeat_factors(counts, self.sampling.threshold, self.sampling.power)
+        factors = self.sampling.repeats(counts)
         for diagnosis in np.flatnonzero(factors > 1).tolist():
             members, integer = int(counts[diagnosis]), int(factors[diagnosis])
             # The additional repeats rotate through the class, in one sequence that is cut into epochs.

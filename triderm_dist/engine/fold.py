@@ -265,7 +265,18 @@ def result_hash(
         content.append([[one, each.map, each.weight, each.overlap] for one, each in zip(sets, extra, strict=True)])
         if any(each.overlap == "drop" for each in extra) and is_packed(experiment.test_shards):
             content.append(set_fingerprint(experiment.test_shards, experiment.data.remote))
+    if _has_prior_as_drawn(experiment, index, name):
+        content.append("prior as drawn")  # earlier versions took that of the training lesions
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _has_prior_as_drawn(experiment: Experiment, index: ShardIndex, name: str) -> bool:
+    """Return whether a training adjusts logits by shares other than those of its lesions (see `CompoundLoss`)."""
+    train = experiment.models[name].train
+    is_balanced = train.sampling.kind == "balanced" and train.sampling.power > 0
+    sets = experiment.data.extra_sets.values()
+    differ = any(each.weight != 1 or not {*index.diagnoses} <= {*each.map.values()} for each in sets)
+    return train.loss.logit_adjustment > 0 and (is_balanced or differ)
 
 
 def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int | str) -> str:

@@ -32,7 +32,7 @@ from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream
 from triderm_dist.engine.step import StepResult
 from triderm_dist.files import write_text
-from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
+from triderm_dist.losses import CompoundLoss, DrawnLesions, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
@@ -128,7 +128,8 @@ class Trainer:
         self.epochs, self.last_epoch = _Epochs(config, data, seed), epochs or config.epochs
         epoch_steps = self.epochs.steps[: self.last_epoch]
         heads = 1 + len(data.loaders.index.signature.views)
-        self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
+        drawn = self.epochs.drawn_lesions() if config.loss.logit_adjustment else None
+        self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads, drawn).to(accelerator.device)
         execution, frozen = execution_settings(config, accelerator, network), on_main(partial(_frozen_hash, network))
         self.checkpoints = Checkpoints(folder.path, folder.resume_hashes, config.keep_last, execution, frozen)
         saved = self._load_newest(network)
@@ -383,6 +384,19 @@ class _Epochs:
         self.total_steps = sum(self.steps)
         self.padding = max(0.0, 1 - len(self._plan(0)) / (self.steps[0] * config.global_batch))
         """Share of an epoch's rows that fill up its last batch."""
+
+    def drawn_lesions(self) -> DrawnLesions:
+        """Return the lesions that an epoch draws on average."""
+        lesions, labels = self.data.training.index.inputs(self.data.train_rows), self._samples.labels
+        repeats = self._sampling.repeats(self.class_counts)
+        if lesions.class_mask is None or lesions.weights is None:
+            return DrawnLesions(np.ones((1, len(repeats)), bool), (self.class_counts * repeats)[None])
+        masks, group, sizes = np.unique(lesions.class_mask, axis=0, return_inverse=True, return_counts=True)
+        group = group.reshape(-1)
+        weights = lesions.weights / (np.bincount(group, lesions.weights) / sizes)[group]
+        totals = np.zeros(masks.shape)
+        np.add.at(totals, (group, labels), weights * repeats[labels])
+        return DrawnLesions(masks, totals)
 
     def loader(self, state: TrainState, accelerator: Accelerator) -> Loader:
         """Return a loader of this rank's part of the rest of the epoch."""
