@@ -92,7 +92,7 @@ def test_the_mean_of_a_models_seeds_predicts_alone_unless_the_ensemble_is_better
 def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     write_run(tmp_path, 150)
     notes = fit_ensemble(tmp_path, experiment(tmp_path, use="trimodal", enabled=False)).notes
-    assert any(note.startswith("as ensemble.use says, trimodal predicts; the ensemble, ") for note in notes)
+    assert any(note.startswith("as ensemble.use says, trimodal predicts; the ensemble (") for note in notes)
     alone, fitted = Ensemble.load(tmp_path / "ensemble.json"), read_artifact(tmp_path / "ensemble.json", schema=FitKeys)
     assert alone.members == ("trimodal",) and alone.weights.tolist() == [1.0] and len(alone.temperatures) == 1
     assert [*fitted["weights_of"]] == [*MODELS] and set(fitted["picks"].values()) == {"trimodal"}
@@ -135,9 +135,9 @@ def assert_choice_is_told(folder: Path, fit: Fit) -> None:
     (note,) = [note for note in fit.notes if "predicts" in note]
     for key in ("difference", "stacker"):
         value, low, high = Interval(**choice[key]).signed()
-        assert f"({value}, {low} to {high}, nested)" in note
+        assert f"(nested difference {value}, {low} to {high})" in note
     network = read_artifact(folder / "ensemble.json", schema=FitKeys)["scores"][choice["network"]]["nested"]["value"]
-    assert f"({network + choice['difference']['value']:.3f}), " in note
+    assert f"({network + choice['difference']['value']:.3f}, its weights" in note
     assert note.startswith("the ensemble predicts" if fit.chosen == choice["ensemble"] else "one model predicts")
 
 

@@ -80,7 +80,7 @@ def page_of(content: Content, folder: Path) -> str:
 
 def test_page_holds_photos_only_where_they_are_asked_for(run: Path, tmp_path: Path) -> None:
     shown, hidden = page_of(Content(run), tmp_path), page_of(Content(run, shows_photos=False), tmp_path)
-    assert "data:image/jpeg" in shown and "in this file. report.photos=false" in shown
+    assert "data:image/jpeg" in shown and "part of this file; report.photos=false" in shown
     assert "data:image/jpeg" not in hidden and "Photos are left out (report.photos=false)." in hidden
     assert "Typical lesions" in shown and "Typical lesions" not in hidden
     moved = shutil.copytree(run, tmp_path / "moved")

@@ -211,7 +211,7 @@ def test_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     text = page_of(Content(tmp_path), tmp_path).text  # without curves, stacker, settings or held-out score
     assert "Training curves" not in text and "Settings" not in text and "held-out test set" not in text
     content = Content(tmp_path)
-    assert f"test set of {len(content.labels) // 3} lesions like these" in text  # as many as a fold has
+    assert f"test sets of {len(content.labels) // 3} such lesions" in text  # as many as a fold has
 
 
 def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:

@@ -323,12 +323,12 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
     fitted, other = _distinct_texts(scores[FITTED], others[best])
     other = f"{TITLES.get(best, best)} ({other})"
     if choice.ensemble == FITTED:
-        weights = f"the ensemble has fitted weights: they beat {other} with {fitted} nested, on these lesions"
+        weights = f"the ensemble has fitted weights: their nested score {fitted} on these lesions beats {other}"
     else:
-        weights = f"the ensemble is the plain mean: fitted weights ({fitted}) do not beat {other} nested"
+        weights = f"the ensemble is the plain mean: the nested score of fitted weights ({fitted}) does not beat {other}"
     # Of the ensemble, whose weights are chosen in each fold on the other folds, so that it may equal no row.
     own = scores[network] + choice.over_network.value
-    compared = f"the ensemble, with the weights of each fold chosen on the other folds ({own:.3f}), "
+    compared = f"the ensemble ({own:.3f}, its weights chosen for each fold on the other folds) "
     compared += _beats(f"its best network, {network} ({scores[network]:.3f}),", choice.over_network)
     if choice.over_stacker:
         compared += f"; it {_beats('the stacker', choice.over_stacker)}"
@@ -336,7 +336,8 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
         what = "the ensemble" if use == ENSEMBLE else use
         return [weights, f"as ensemble.use says, {what} predicts; {compared}"]
     nested = (
-        f"this choice was made on these lesions; in each fold on the other folds, it scores {choice.nested_score:.3f}"
+        f"this choice was made on all these lesions; made for each fold on the other folds, it scores "
+        f"{choice.nested_score:.3f}"
     )
     if choice.used == network:
         return [weights, f"one model predicts: {network}; {compared}; {nested}"]
@@ -353,7 +354,7 @@ def _beats(rival: str, gap: Interval) -> str:
     """Say whether the ensemble beats a rival. gap: their difference."""
     beats = f"{'beats' if gap.low > 0 else 'does not beat'} {rival} beyond the noise"
     value, low, high = gap.signed()
-    return f"{beats} ({value}, {low} to {high}, nested)"
+    return f"{beats} (nested difference {value}, {low} to {high})"
 
 
 def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:

@@ -134,7 +134,7 @@ def _reliability(content: Content) -> Figure:
         "reliability",
         draw,
         f"Reliability diagrams with the number of lesions in each bin; calibration error {errors}.",
-        "Share of the lesions of which it is true, by probability; “correct”: that the most probable diagnosis is. On "
+        "Share of lesions that have the diagnosis, by its probability; “correct”: the most probable one is right. On "
         "the dashed line, probabilities are calibrated. Number after the name: calibration error with temperature. "
         f"Bars: 95% intervals. Below: lesions in each bin. Bins with fewer than {MIN_BIN_LESIONS} lesions have no dot.",
         (WIDE, 0.3 + 2.6 * rows),

@@ -1,4 +1,4 @@
-"""Thresholds for a wanted sensitivity, chosen on other folds than those they are judged on."""
+"""Thresholds for a target sensitivity, chosen on other folds than those they are judged on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def operating_points(content: Content) -> Section | None:
         Column("specificity", "specificity"),
         Column("ppv", "PPV"),
         Column("npv", "NPV"),
-        Column("aim", "against the aim"),
+        Column("aim", "against the target"),
     ]
     of_thresholds = [
         Column("threshold", "for new lesions", ".3g"),
@@ -49,7 +49,7 @@ def operating_points(content: Content) -> Section | None:
         "Operating points",
         "operating_points.html",
         tables=[
-            Table("operating_points", "Decisions at thresholds for a wanted sensitivity", columns, rows, "aim",
+            Table("operating_points", "Decisions at thresholds for a target sensitivity", columns, rows, "aim",
                   emphasis=True),
             Table("operating_thresholds", "Thresholds and numbers of lesions", of_thresholds, thresholds, "aim"),
         ],
