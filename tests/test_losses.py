@@ -232,15 +232,15 @@ def cross_entropy(inputs):
         (
             lambda inputs: cross_entropy(inputs).mean(),
             None,
-            r"per_lesion returned shape \(\), not a tensor \(40,\) of the",
+            r"per_lesion returned torch.float32 \(\), not a tensor \(40,\) of the",
         ),
-        (lambda inputs: cross_entropy(inputs)[:, None], None, r"returned shape \(40, 1\), not a tensor \(40,\) of the"),
+        (lambda inputs: cross_entropy(inputs)[:, None], None, r"float32 \(40, 1\), not a tensor \(40,\) of the"),
         (
             lambda inputs: inputs.probabilities[1:],
             lambda sums, count: sums.sum(),
             r"\(39, 11\), not a tensor \(40, \.\.\.\)",
         ),
-        (lambda inputs: 3.0, None, r"per_lesion returned float, not a tensor \(40,\) of the lesions"),
+        (lambda inputs: 3.0, None, r"per_lesion returned a float, not a tensor \(40,\) of the lesions"),
         (
             lambda inputs: inputs.probabilities,
             lambda sums, count: sums / count,
@@ -290,11 +290,11 @@ def test_terms_that_cannot_be_trained_are_refused(monkeypatch):
 
     for name, term, message in (
         ("scaled", Scaled, "no optimizer trains its parameter scale; make it a buffer"),
-        ("function", cross_entropy, "holds no subclass of LossTerm under this name"),
-        ("module", torch.nn.CrossEntropyLoss, "holds no subclass of LossTerm under this name"),
+        ("function", cross_entropy, "' of LOSS_TERMS is no subclass of LossTerm"),
+        ("module", torch.nn.CrossEntropyLoss, "' of LOSS_TERMS is no subclass of LossTerm"),
     ):
         monkeypatch.setitem(LOSS_TERMS, name, term)
-        with pytest.raises(ConfigError, match=rf"train\.loss\.terms\.{name}: .*{message}"):
+        with pytest.raises(ConfigError, match=rf"train\.loss\.terms\W+{name}\b.*{message}"):
             CompoundLoss(LossConfig(terms={name: {"weight": 1}}), "softmax", COUNTS)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from triderm_dist.config import LossConfig, build
 from triderm_dist.schema import Batch, ConfigError, FineOutputs, Outputs
+from triderm_dist.schema.plugins import check_known, check_subclass, described
 from triderm_dist.settings import Section
 
 HeadKind = Literal["softmax", "sigmoid"]
@@ -399,12 +400,9 @@ def _mean_weights(name: str) -> str:
 def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
     if name in (*BUILT_IN, "fine"):
         raise ConfigError(f"train.loss.terms: {name} is built in; set train.loss.{name}_weight instead")
-    if name not in LOSS_TERMS:
-        known = ", ".join(sorted(LOSS_TERMS)) or "none"
-        raise ConfigError(f"train.loss.terms: {name!r} is not a loss term; known: {known} (plugins may add others)")
+    check_known("train.loss.terms", name, LOSS_TERMS, "a loss term")
     kind = LOSS_TERMS[name]
-    if not (isinstance(kind, type) and issubclass(kind, LossTerm)):
-        raise ConfigError(f"train.loss.terms.{name}: LOSS_TERMS holds no subclass of LossTerm under this name")
+    check_subclass("train.loss.terms", name, kind, LossTerm, "LOSS_TERMS")
     try:
         term = kind(build(kind.Settings, settings), class_counts)
     except ConfigError as error:
@@ -432,9 +430,10 @@ def _rows(name: str, term: LossTerm, inputs: LossInputs) -> torch.Tensor:
     """Return `term.per_lesion`. Raises ConfigError for another shape."""
     rows, lesions = term.per_lesion(inputs), len(inputs.logits)
     if not isinstance(rows, torch.Tensor) or rows.shape[:1] != (lesions,) or (term.is_mean and rows.ndim > 1):
-        got = f"shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-        expected = f"({lesions},)" if term.is_mean else f"({lesions}, ...)"
-        raise ConfigError(f"train.loss.terms.{name}: per_lesion returned {got}, not a tensor {expected} of the lesions")
+        returned, expected = described(rows), f"({lesions},)" if term.is_mean else f"({lesions}, ...)"
+        raise ConfigError(
+            f"train.loss.terms.{name}: per_lesion returned {returned}, not a tensor {expected} of the lesions"
+        )
     return rows
 
 

@@ -15,6 +15,7 @@ from triderm_dist.config import OptimConfig
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError
+from triderm_dist.schema.plugins import check_known
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,7 +158,7 @@ def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimi
 
 
 def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    _check_known("optim.name", config.name, OPTIMIZERS, "an optimizer")
+    check_known("train.optim.name", config.name, OPTIMIZERS, "an optimizer")
     if misplaced := sorted({"lr", "weight_decay"} & set(config.settings)):
         raise ConfigError(f"train.optim.settings: set {misplaced[0]} as train.optim.{misplaced[0]}")
     try:
@@ -167,12 +168,6 @@ def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"train.optim.name: {config.name} builds no torch.optim.Optimizer")
     return optimizer
-
-
-def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
-    if name not in table:
-        known = ", ".join(sorted(table))
-        raise ConfigError(f"train.{key}: {name!r} is not {what}; known: {known} (plugins may add others)")
 
 
 def check_names(config: OptimConfig) -> None:
@@ -205,7 +200,7 @@ def check_names(config: OptimConfig) -> None:
 
 
 def _check_schedule(name: str) -> None:
-    _check_known("optim.schedule", name, SCHEDULES, "a schedule")
+    check_known("train.optim.schedule", name, SCHEDULES, "a schedule")
     for progress in (0.0, 0.5, 1.0):
         try:
             factor = float(SCHEDULES[name](progress))
@@ -276,7 +271,7 @@ def build_scheduler(
     A rate of `config.lr` ends at `config.min_lr`; those of all groups fall by the same factor. Raises ConfigError
     for an unknown schedule, or if `config.min_lr` is above `config.lr`.
     """
-    _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
+    check_known("train.optim.schedule", config.schedule, SCHEDULES, "a schedule")
     if config.min_lr > config.lr:
         raise ConfigError(f"train.optim.min_lr {config.min_lr:g} is above train.optim.lr {config.lr:g}; lower it")
     shared = partial(

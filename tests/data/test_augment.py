@@ -185,7 +185,7 @@ def test_unknown_augmentation_or_setting_is_refused(extra, message, monkeypatch)
             r"returned torch.float32 \(8, 3, 8, 16\), not torch.float32 \(8, 3, 16, 16\)",
         ),
         (lambda pixels: pixels.double(), r"returned torch.float64 \(8, 3, 16, 16\), not torch.float32"),
-        (lambda pixels: None, r"returned NoneType, not torch.float32"),
+        (lambda pixels: None, r"returned a NoneType, not torch.float32"),
     ],
 )
 def test_augmentation_that_returns_other_crops_is_refused(call, message, monkeypatch):
@@ -198,7 +198,7 @@ def test_augmentation_that_returns_other_crops_is_refused(call, message, monkeyp
     with pytest.raises(ConfigError, match=rf"train\.augment\.extra\.wrong: {message}"):
         transform(photos(), "clinical", LesionRng(0, 1, KEYS[:8], COPIES[:8]))
     monkeypatch.setitem(AUGMENTATIONS, "wrong", torch.nn.Identity)
-    with pytest.raises(ConfigError, match="wrong: AUGMENTATIONS holds no subclass of Augmentation"):
+    with pytest.raises(ConfigError, match="'wrong' of AUGMENTATIONS is no subclass of Augmentation"):
         PhotoTransform(16, AugmentConfig(extra={"wrong": {}}))
 
 

@@ -104,7 +104,7 @@ def test_runs_from_before_stack_kinds_are_read(table: OofTable, tmp_path: Path) 
 def test_unknown_kinds_and_settings_are_refused(prior: StackConfig) -> None:
     assert stacker_kind(prior) == (PriorStacker, PriorSettings(power=0.5))
     for change, message in (
-        ({"kind": "x"}, r"stack\.kind: 'x' is not a stacker; known: xgboost, prior \(plugins may add others\)"),
+        ({"kind": "x"}, r"stack\.kind: 'x' is not a stacker; known: prior, xgboost \(plugins may add others\)"),
         ({"settings": {"powr": 1}}, r"stack\.settings: unknown setting 'powr'; did you mean 'power'"),
         ({"kind": "xgboost"}, r"stack\.settings: xgboost has no settings there; write stack.max_depth=3"),
     ):

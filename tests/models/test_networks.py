@@ -431,9 +431,11 @@ def test_exported_network_takes_any_batch_size(kind: str, shared: bool) -> None:
     [
         (lambda z, x: z, "returned a Tensor, not Outputs"),
         (lambda z, x: (z, z, z, x), "returned a tuple, not Outputs"),
-        (lambda z, x: Outputs(z[:, :5], z, z, x), "returned logits of shape (4, 5), not (B, 11)"),
+        (lambda z, x: Outputs(z[:, :5], z, z, x), "returned logits, torch.float32 (4, 5), not a tensor (B, 11)"),
         (lambda z, x: Outputs(z, None, None, x), "returned no aux_clinical; return the main logits for a view without"),
-        (lambda z, x: Outputs(z, z, z, x[:, 0]), "returned features of shape (4,), not (B, D)"),
+        (lambda z, x: Outputs(z, z, z, x[:, 0]), "returned features, torch.float32 (4,), not a tensor (B, D)"),
+        (lambda z, x: Outputs(z, z.tolist(), z, x), "returned aux_clinical, a list, not a tensor (B, 11)"),
+        (lambda z, x: Outputs(z, z, z, None), "returned features, a NoneType, not a tensor (B, D)"),
     ],
 )
 def test_outputs_that_are_not_what_the_loss_expects_are_refused(

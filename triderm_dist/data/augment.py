@@ -20,6 +20,7 @@ from pydantic import Field
 
 from triderm_dist.config import AugmentConfig, Frame, build
 from triderm_dist.schema import VIEWS, ConfigError
+from triderm_dist.schema.plugins import check_known, check_subclass, described
 from triderm_dist.settings import Section
 
 _GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip", "aspect")
@@ -183,14 +184,9 @@ def build_augmentations(config: AugmentConfig) -> dict[str, Augmentation]:
     """
     built = {}
     for name, settings in sorted(config.extra.items()):
-        if name not in AUGMENTATIONS:
-            known = ", ".join(sorted(AUGMENTATIONS)) or "none"
-            raise ConfigError(
-                f"train.augment.extra: {name!r} is not an augmentation; known: {known} (plugins may add others)"
-            )
+        check_known("train.augment.extra", name, AUGMENTATIONS, "an augmentation")
         kind = AUGMENTATIONS[name]
-        if not (isinstance(kind, type) and issubclass(kind, Augmentation)):
-            raise ConfigError(f"train.augment.extra.{name}: AUGMENTATIONS holds no subclass of Augmentation")
+        check_subclass("train.augment.extra", name, kind, Augmentation, "AUGMENTATIONS")
         try:
             built[name] = build(kind, settings)
         except ConfigError as error:
@@ -291,14 +287,8 @@ class PhotoTransform:
             for name, augmentation in self.extra.items():
                 shape, crops = crops.shape, augmentation.of_view(view)(crops, self._scoped(rng, view).scoped(name))
                 if not isinstance(crops, torch.Tensor) or (crops.shape, crops.dtype) != (shape, torch.float32):
-                    got = (
-                        f"{crops.dtype} {tuple(crops.shape)}"
-                        if isinstance(crops, torch.Tensor)
-                        else type(crops).__name__
-                    )
-                    raise ConfigError(
-                        f"train.augment.extra.{name}: returned {got}, not torch.float32 {tuple(shape)}, the crops"
-                    )
+                    expected = f"torch.float32 {tuple(shape)}, the crops"
+                    raise ConfigError(f"train.augment.extra.{name}: returned {described(crops)}, not {expected}")
         return crops
 
     def reduced_size(self, height: int, width: int) -> tuple[int, int]:

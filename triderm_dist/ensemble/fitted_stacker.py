@@ -22,6 +22,7 @@ from triderm_dist.files import file_sha256
 from triderm_dist.runtime.extras import require
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.schema.plugins import check_known, check_subclass
 from triderm_dist.settings import Section
 
 FORMAT = "triderm-stacker"
@@ -40,13 +41,9 @@ def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
     Raises ConfigError for an unknown kind, for settings that it does not have, and for settings of another kind;
     MissingPackage if it is enabled and a package that it needs is not installed.
     """
-    if config.kind not in STACKERS:
-        raise ConfigError(
-            f"stack.kind: {config.kind!r} is not a stacker; known: {', '.join(STACKERS)} (plugins may add others)"
-        )
+    check_known("stack.kind", config.kind, STACKERS, "a stacker")
     stacker = STACKERS[config.kind]
-    if not (isinstance(stacker, type) and Stacker in stacker.__mro__):
-        raise ConfigError(f"stack.kind: {config.kind!r} of STACKERS is no subclass of Stacker")
+    check_subclass("stack.kind", config.kind, stacker, Stacker, "STACKERS")
     if stacker.suffix in (".json", ".safetensors"):
         raise ConfigError(
             f"stack.kind: {config.kind!r} has the suffix {stacker.suffix}, which is in use; choose another"

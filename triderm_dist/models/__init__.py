@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from triderm_dist.config import build
 from triderm_dist.schema import VIEWS, ConfigError
+from triderm_dist.schema.plugins import check_known, check_subclass
 
 if TYPE_CHECKING:
     from triderm_dist.config import ModelConfig, TowerConfig
@@ -31,16 +32,11 @@ NETWORKS: dict[str, str | type[Network]] = {
 
 def check_network(config: ModelConfig) -> None:
     """Raise ConfigError for an unknown network or wrong settings of a plugin's; does not import PyTorch."""
-    if config.kind not in NETWORKS:
-        known = ", ".join(sorted(NETWORKS))
-        raise ConfigError(
-            f"models.NAME.kind: {config.kind!r} is not a network; known: {known} (plugins may add others)"
-        )
+    check_known("models.NAME.kind", config.kind, NETWORKS, "a network")
     if not isinstance(entry := NETWORKS[config.kind], str):
         from triderm_dist.models.network import Network
 
-        if not (isinstance(entry, type) and issubclass(entry, Network)):
-            raise ConfigError(f"models.NAME.kind: {config.kind!r} of NETWORKS is no subclass of Network")
+        check_subclass("models.NAME.kind", config.kind, entry, Network, "NETWORKS")
         if missing := sorted(getattr(entry, "__abstractmethods__", ())):
             raise ConfigError(f"models.NAME.kind: the network {config.kind!r} has no method {missing[0]}")
     if config.settings or not isinstance(entry, str):

@@ -45,6 +45,7 @@ from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.lora import add_lora, merge_lora
 from triderm_dist.models.towers import TokenShape, Tower
 from triderm_dist.schema import VIEWS, ConfigError, FineOutputs, Outputs, Signature
+from triderm_dist.schema.plugins import described
 from triderm_dist.settings import Section
 
 SHARED = "shared"
@@ -260,10 +261,10 @@ class Network(nn.Module, ABC):
                     raise ConfigError(f"{where} {name}, a view that the task lacks; return None")
             elif logits is None:
                 raise ConfigError(f"{where} no {name}; return the main logits for a view without a head of its own")
-            elif logits.ndim != 2 or logits.shape[1] != diagnoses:
-                raise ConfigError(f"{where} {name} of shape {tuple(logits.shape)}, not (B, {diagnoses})")
-        if outputs.features.ndim != 2:
-            raise ConfigError(f"{where} features of shape {tuple(outputs.features.shape)}, not (B, D)")
+            elif not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != diagnoses:
+                raise ConfigError(f"{where} {name}, {described(logits)}, not a tensor (B, {diagnoses})")
+        if not isinstance(outputs.features, Tensor) or outputs.features.ndim != 2:
+            raise ConfigError(f"{where} features, {described(outputs.features)}, not a tensor (B, D)")
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from triderm_dist.runtime.messages import did_you_mean, one_line
 from triderm_dist.runtime.redact import REDACTED
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError
+from triderm_dist.schema.plugins import check_known
 
 PROJECT = "triderm-dist"
 """Project or experiment of the runs, for trackers that have one."""
@@ -147,9 +148,7 @@ def tracker_class(name: str) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
-    if name not in LOGGER_TYPE_TO_CLASS:
-        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-        raise ConfigError(f"train.trackers: {name!r} is not a tracker; known: {known} (plugins may add others)")
+    check_known("train.trackers", name, LOGGER_TYPE_TO_CLASS, "a tracker")
     if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
         raise ConfigError(f"train.trackers: {name} is not installed; {install_command(name)}, or remove it")
     return LOGGER_TYPE_TO_CLASS[name]
