@@ -1,6 +1,6 @@
 """The training step as one CUDA graph (`train.graph`): captured once, then replayed by one launch per step.
 
-A step launches about 1,400 kernels; at 5 to 40 us of host time each, a fast GPU waits for its host. A graph needs one
+A step launches about 1,200 kernels; at 5 to 40 us of host time each, a fast GPU waits for its host. A graph needs one
 launch, but always reads and writes the same memory. Therefore everything that differs between steps is copied into
 fixed buffers on the device first: the batch, the keys of its dropout masks, its number of valid lesions, the step
 number, the learning rates, and the previous step's loss sums if the loss uses them. Augmentation and mixing of lesions
