@@ -254,7 +254,7 @@ def test_files_of_another_fit_are_refused(run, tmp_path):
         with ExitStack() as files:
             for name in names:
                 files.enter_context(damaged(run / name, partial(write_bytes, (other / name).read_bytes())))
-            with pytest.raises(DataError, match=f"^{run / names[0]}: not of the fit that wrote ensemble.json; .*again"):
+            with pytest.raises(DataError, match=f"^{run / names[0]}: not written together with ensemble.json; .*again"):
                 read(run)
         read(run)
 

@@ -346,7 +346,9 @@ def test_files_of_a_task_with_one_view_and_no_concepts_round_trip(tmp_path: Path
 
     titled = replace(CLINIC, title="a new title", decision="fitted")
     assert gather(tmp_path, None, DataSplit(ids, labels, folds_of(labels), titled)).task == titled
-    with pytest.raises(DataError, match=r"predictions\.parquet: is for task 'clinic', the data are of 'other'"):
+    with pytest.raises(
+        DataError, match=r"predictions\.parquet: is for task 'clinic', but the data are of task 'other'"
+    ):
         gather(tmp_path, None, DataSplit(ids, labels, folds_of(labels), replace(CLINIC, name="other")))
 
 

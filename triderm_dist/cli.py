@@ -277,7 +277,7 @@ def read_settings(
 
 FORM = """Settings are written key.subkey=value, or in the YAML file of --config (`base: FILE` names one to build on).
 A list is a,b or [a, b]. --print-config prints the resolved settings as YAML and ends."""
-OF_RUN = "run=FOLDER takes the settings of the run in that folder, and works on it."
+OF_RUN = "run=FOLDER works on the run in that folder, with its settings."
 EXIT_CODES = "Exit codes: 0 success, 2 invalid input (one line tells how to fix it), 3 interrupted; rerun to resume."
 OPTIONS = "options are --config FILE, --print-config, --help and --help-all"
 

@@ -421,9 +421,14 @@ def type_name(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     return "true or false" if annotation is bool else "mapping"
 
 
+_UNLIMITED = 1e9
+"""Upper limits from here on guard against overflow only, so help texts leave them out."""
+
+
 def _range(constraints: Iterable[Any]) -> list[str]:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     found = [(sign, getattr(each, name)) for each in constraints for name, sign in signs.items() if hasattr(each, name)]
+    found = [(sign, bound) for sign, bound in found if bound < _UNLIMITED]
     bounds = [f"{sign} {bound}" if isinstance(bound, int) else f"{sign} {bound:g}" for sign, bound in found]
     return [", ".join(bounds)] if bounds else []
 

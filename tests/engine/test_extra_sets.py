@@ -198,7 +198,7 @@ def test_lesions_that_two_entries_name_are_refused(sets, tmp_path):
         {"in_situ": "MEL", "scar": "WART"}, {"naevus": "NV", "melanoma": "MEL"}
     ))  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"data\.extra\.1: is the set of data\.extra\.0, and lesions would join twice"
+        ConfigError, match=r"data\.extra\.1: is the same set as data\.extra\.0, so its lesions would join twice"
     ):
         open_extra_sets(experiment(tmp_path, entry(other), entry(other, map=alone)), main)
     open_extra_sets(experiment(tmp_path, entry(other, map=apart), entry(other, map=alone)), main)

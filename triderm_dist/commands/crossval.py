@@ -1,11 +1,16 @@
 """Train all folds of all models, then gather their held-out predictions in oof.parquet.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.crossval --config EXPERIMENT.yaml
+triderm crossval --config EXPERIMENT.yaml
 
-trains fold after fold, each on all ranks. Without a GPU, folds are trained in parallel on the cores. In parallel on
-GPUs, such as each on half of one:
+Without a GPU, folds are trained in parallel on the cores; with one, fold after fold. In parallel on GPUs, each fold on
+half of one:
 
 triderm crossval --config EXPERIMENT.yaml parallel_folds=true gpus=0.5
+
+Fold after fold, each on all ranks:
+
+triderm ranks --config_file ddp -m crossval --config EXPERIMENT.yaml
+accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.crossval --config EXPERIMENT.yaml
 """
 
 from __future__ import annotations

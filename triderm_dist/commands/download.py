@@ -2,7 +2,8 @@
 
 triderm download output=MILK10k
 
-About 345 MB. The photos are CC BY-NC 4.0. Exit status 3: interrupted or server unreachable, rerun the command.
+About 345 MB. The photos are CC BY-NC 4.0. The exit code is also 3 if the server cannot be
+reached.
 """
 
 import shlex

@@ -2,13 +2,11 @@
 
 triderm report run=RUN
 triderm report run=RUN output=FOLDER
-
-The second writes into FOLDER, and nothing into the run.
-
 triderm report run=RUN learning_curve=true
 
-first trains the networks with a frozen tower again on 25 and 50 percent of the training lesions of each fold, in about
-three quarters of the time of their cross-validation; the page then says whether more lesions would help.
+With output=FOLDER nothing is written into the run. With learning_curve=true the networks with a frozen tower are first
+trained again on 25 and 50 percent of the training lesions of each fold, in about three quarters of the time of their
+cross-validation; the page then says whether more lesions would help.
 """
 
 from __future__ import annotations

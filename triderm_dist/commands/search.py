@@ -3,7 +3,7 @@
 triderm search --config EXPERIMENT.yaml space=losses trials=12 output=RUN
 
 A trial trains as triderm train does, in RUN/search/TRIAL/, on the experiment's packed shards and a shared token cache.
-`space=`, `trials=` ... are short for `search.space=`, `search.trials=` ... . Writes RUN/search/trials.csv, and
+`space=` is short for `search.space=`, and so on for all settings of the search. Writes RUN/search/trials.csv, and
 RUN/best.yaml for --config of triderm train and triderm pipeline. An interrupted search resumes with resume=true.
 """
 

@@ -4,7 +4,7 @@ triderm train --config EXPERIMENT.yaml fold=0
 triderm ranks --config_file ddp -m train --config EXPERIMENT.yaml fold=0
 accelerate launch --config_file ddp.yaml -m triderm_dist.commands.train --config EXPERIMENT.yaml fold=0
 
-On one device, on all GPUs of a node, and the same with Accelerate's own launcher.
+The first trains on one device, the second on all GPUs of a node, the third does the same with Accelerate's launcher.
 """
 
 from pydantic import Field

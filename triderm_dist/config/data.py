@@ -70,7 +70,7 @@ Groups = Annotated[
     Literal["hash", "plain"],
     Field(
         description="ids of groups, such as patients, in packed sets: hashes under a secret salt, which "
-        "SHARDS.groups.csv keeps with the ids, or as they are"
+        "SHARDS.groups.csv keeps with the ids, or plain text"
     ),
 ]
 Threads = Annotated[int | None, Field(ge=1, description="threads; null takes one per core")]

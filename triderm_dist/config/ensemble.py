@@ -15,7 +15,7 @@ class StackConfig(Section):
     kind: str = Field("xgboost", description="stacker; plugins may add others")
     settings: dict[str, Any] = Field(
         default_factory=dict,
-        description="settings of a stacker of another kind; those of XGBoost are booster to device",
+        description="settings of a stacker that a plugin adds; those of XGBoost are booster to device",
     )
     booster: Literal["softprob", "multi_output"] = Field(
         "softprob", description="one multi-class booster, or multi-output trees"
@@ -35,8 +35,8 @@ class StackConfig(Section):
     max_rows: int | None = Field(
         20_000,
         ge=1000,
-        description="lesions that one fit takes at most; of more a sample, of each diagnosis by the square root of its "
-        "number, weighted accordingly. null: all, in XGBoost's external memory above memory_gb",
+        description="most lesions in one fit; of more, a weighted sample is drawn, of each diagnosis in proportion to "
+        "the square root of its number. null: fit on all, above memory_gb in XGBoost's external memory",
     )
     memory_gb: float = Field(8.0, gt=0, description="GiB of columns above which they are streamed from a parquet file")
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
@@ -83,8 +83,8 @@ class EnsembleConfig(Section):
 class OofConfig(Section):
     tta: Literal[1, 2, 4, 8] = Field(
         1,
-        description="number of transforms of the dihedral group to average out-of-fold predictions over; with that of "
-        "predict.transforms, stacker, thresholds and estimate are fitted on the kind of prediction they are used on",
+        description="number of transforms of the dihedral group to average out-of-fold predictions over; if equal to "
+        "predict.transforms, stacker and thresholds are fitted on the kind of prediction that they are applied to",
     )
 
 

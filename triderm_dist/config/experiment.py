@@ -34,8 +34,8 @@ class Extensible(Section):
 
     plugins: tuple[str, ...] = Field(
         (),
-        description="Python files or modules that are imported first and add networks, losses, optimizers, metadata "
-        "fields and the like to the library's tables; docs/extending.md has recipes",
+        description="Python files or modules to import first, which add networks, losses, optimizers and other parts "
+        "(docs/extending.md)",
     )
 
     @field_validator("plugins")
@@ -63,8 +63,8 @@ class Experiment(Extensible):
         600.0,
         gt=0,
         le=MAX_SECONDS,
-        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; "
-        "raise it where rank 0 checks very large shards (data.verify)",
+        description="seconds to wait for a rank that does not answer, before the run ends as interrupted; raise it if "
+        "rank 0 checks very large shards (data.verify)",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = Field(
@@ -225,11 +225,11 @@ class ParallelFoldsRun(Experiment):
     cpus: int | None = Field(
         None,
         ge=1,
-        description="parallel_folds: CPU cores and threads per fold; null: with auto the cores divided by the number "
-        "of trainings, with true 1",
+        description="parallel_folds: CPU cores and threads per fold; null: with auto, the number of cores divided by "
+        "that of trainings; with true, 1",
     )
     gpus: float | None = Field(
-        None, gt=0, le=1, description="parallel_folds: share of a GPU per fold; null: one GPU where there are any"
+        None, gt=0, le=1, description="parallel_folds: share of a GPU per fold; null: one GPU if there are any"
     )
     retries: int = Field(
         2, ge=0, description="parallel_folds: times that a failed fold is restarted from its last checkpoint"

@@ -63,7 +63,7 @@ class AugmentConfig(Section):
         0.0,
         ge=0,
         description="put a box of another lesion's photos into those of every lesion, its area drawn from "
-        "Beta(cutmix, cutmix), such as 1; with mixup half of the lesions by each",
+        "Beta(cutmix, cutmix), such as 1; with mixup too, each mixes half of the lesions",
     )
     unmixed_epochs: int = Field(3, ge=0, description="last epochs without mixup and cutmix")
     extra: dict[str, dict[str, Any]] = Field(
@@ -190,11 +190,13 @@ class TrainConfig(Section):
     )
     gradient_precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="precision in which ranks add up their gradients; bf16 sends half of the bytes and rounds each sum "
-        "(docs/clusters.md says where that pays)",
+        description="precision in which ranks sum their gradients; bf16 sends half of the bytes and rounds each sum "
+        "(docs/clusters.md says where that pays off)",
     )
     bucket_mb: float = Field(
-        25.0, gt=0, description="DDP: MiB of gradients that ranks add up while the backward pass computes further ones"
+        25.0,
+        gt=0,
+        description="DDP: MiB of gradients per all-reduce, which overlaps with the rest of the backward pass",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
@@ -202,13 +204,13 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile tower blocks, fusion, heads and losses")
     graph: Literal["auto"] | bool = Field(
         "auto",
-        description="on a GPU, launch each training step as one CUDA graph; auto: in one process and DDP with bf16 or "
-        "fp32, true: the run fails where that cannot work",
+        description="on a GPU, launch each training step as one CUDA graph; auto: in one process and under DDP, with "
+        "bf16 or fp32; true: end with an error if a step cannot be captured",
     )
     deterministic: bool = Field(
         False,
-        description="on a GPU, only algorithms that give the same numbers each time, so that a resumed training equals "
-        "an undisturbed one bit for bit on the same hardware and versions; slower. On a CPU it always does",
+        description="on a GPU, use only algorithms that give the same numbers each time, so that a resumed training "
+        "equals an undisturbed one bit for bit on the same hardware and versions; slower. On a CPU this always holds",
     )
     log_every: int = Field(10, ge=1, description="optimizer steps between log lines")
     save_every: int | None = Field(
@@ -219,8 +221,8 @@ class TrainConfig(Section):
     save_every_seconds: float | None = Field(
         None,
         ge=0,
-        description="seconds between checkpoints, at log lines and ends of epochs, instead of one at the end of each "
-        "epoch; for epochs of seconds",
+        description="seconds between checkpoints, saved at log lines and ends of epochs, instead of one at the end of "
+        "each epoch; for epochs that take seconds",
     )
     keep_last: int = Field(2, ge=1, description="number of resumable checkpoints to keep during a training")
     keep_checkpoints: bool = Field(
@@ -232,17 +234,17 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="decay per step of the averaged weights (EMA), such as 0.999, which are then validated and kept; 0 "
-        "uses no average; not with DeepSpeed",
+        description="decay per step of an exponential moving average of the weights, such as 0.999, which is validated "
+        "and kept instead of them; 0 keeps none; not with DeepSpeed",
     )
     swa_epochs: int = Field(
         0,
         ge=0,
-        description="number of last epochs over whose final weights to average (stochastic weight averaging), which "
-        "are then validated and kept; 0 uses none; not with DeepSpeed, nor with ema_decay",
+        description="stochastic weight averaging: the mean of the weights at the ends of this many last epochs is "
+        "validated and kept instead of them; 0 keeps none; not with DeepSpeed or ema_decay",
     )
     validate_every: int = Field(
-        1, ge=1, description="epochs between two validations, the last epoch is always validated; a search uses 1"
+        1, ge=1, description="validate after every so many epochs, and after the last one; a search uses 1"
     )
     select: Literal["best", "last"] = Field(
         "last",
@@ -257,7 +259,7 @@ class TrainConfig(Section):
     tracker_settings: dict[str, dict[str, Any]] = Field(
         {},
         description="arguments of trackers by name, such as {wandb: {project: skin, entity: lab, group: night, tags: "
-        "[a]}, mlflow: {experiment_name: skin}}; before WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and the like",
+        "[a]}, mlflow: {experiment_name: skin}}; they override WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and so on",
     )
     profile: int | None = Field(
         None,

@@ -204,8 +204,8 @@ def _naming_missing_ranks() -> Iterator[None]:
             raise
         shown = " ".join(f"{name}={os.environ.get(name, '')}" for name in OWN)
         raise ConfigError(
-            f"{shown}: the other ranks did not come ({one_line(error, 120)}); unset these variables for one process, "
-            "or start all ranks by triderm ranks"
+            f"{shown}: the other ranks did not connect ({one_line(error, 120)}); unset these variables for one "
+            "process, or start all ranks by triderm ranks"
         ) from None
 
 

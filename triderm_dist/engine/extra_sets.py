@@ -37,8 +37,8 @@ def open_extra_sets(experiment: Experiment, index: ShardIndex, verify: bool = Fa
     for (first, one), (second, other) in combinations(sets.items(), 2):
         if one.index.fingerprint == other.index.fingerprint and len(np.intersect1d(one.rows, other.rows)):
             raise ConfigError(
-                f"{second}: is the set of {first}, and lesions would join twice; remove one, or map each diagnosis to "
-                "null in one of them"
+                f"{second}: is the same set as {first}, so its lesions would join twice; remove one, or map each "
+                "diagnosis to null in one of them"
             )
     return tuple(sets.values())
 

@@ -191,7 +191,7 @@ def check_same_fit(run_folder: Path, *names: str) -> None:
     recorded = read_artifact(run_folder / ENSEMBLE_FILE, schema=EnsembleKeys).get("files", {})
     for path in (run_folder / name for name in names):
         if path.name in recorded and path.exists() and file_sha256(path) != recorded[path.name]:
-            raise DataError(f"{path}: not of the fit that wrote {ENSEMBLE_FILE}; run triderm stack again")
+            raise DataError(f"{path}: not written together with {ENSEMBLE_FILE}; run triderm stack again")
 
 
 def read_task(path: Path, format_name: str = FORMAT, version: int = VERSION) -> Task:

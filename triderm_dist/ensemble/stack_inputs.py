@@ -46,7 +46,7 @@ def stacker_columns(
             _, train_tower = read_embeddings(embeddings_path(run_folder, "train"), [])
             if tower != train_tower:
                 raise DataError(
-                    f"{run_folder}: the test embeddings are by {tower}, the training embeddings by {train_tower}; "
+                    f"{run_folder}: the test embeddings come from {tower}, the training embeddings from {train_tower}; "
                     "run triderm embed again"
                 )
     elif extra == "features":

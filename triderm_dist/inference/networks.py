@@ -204,7 +204,9 @@ def embedding_model(run: RunFolder) -> tuple[ModelConfig, TowerRecord | None]:
     source = read_embeddings(path, [])[1]
     model = next((model for model in run.experiment.models.values() if model.tower.source == source), None)
     if model is None:
-        raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
+        raise DataError(
+            f"{path}: was written by the tower {source}, which no model of the run has; run triderm embed again"
+        )
     return frozen_model(model), find_tower(run.path / FOLDER, model.tower, True)
 
 

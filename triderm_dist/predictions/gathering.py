@@ -199,7 +199,7 @@ class Gathered:
             if not self.scalars.task.matches(data.task):
                 name = self.scalars.task.name
                 raise DataError(
-                    f"{files[0].path}: is for task {name!r}, the data are of {data.task.name!r}; train again"
+                    f"{files[0].path}: is for task {name!r}, but the data are of task {data.task.name!r}; train again"
                 )
             self.scalars = replace(self.scalars, task=data.task)
 

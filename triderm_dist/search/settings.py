@@ -43,7 +43,7 @@ class SearchConfig(Section):
     workers: int = Field(1, ge=1, description="ranks per trial (DDP, by Ray Train)")
     cpus: int = Field(1, ge=1, description="CPU cores and threads per worker")
     gpus: float | None = Field(
-        None, ge=0, le=1, description="share of a GPU per worker; null: one GPU where there are any"
+        None, ge=0, le=1, description="share of a GPU per worker; null: one GPU if there are any"
     )
     retries: int = Field(2, ge=0, description="times that a failed trial is restarted from its last checkpoint")
     seeds: int = Field(

@@ -479,7 +479,7 @@ def test_cache_in_a_folder_of_everybody_is_a_folder_of_the_user(server, tmp_path
     shutil.rmtree(folder.parent)
     (tmp_path / "elsewhere").mkdir()
     folder.parent.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"of another user; set data.remote.cache to a folder that only you"):
+    with pytest.raises(DataError, match=r"belongs to another user; set data.remote.cache to a folder that only you"):
         open_index(server.url, remote)
 
 

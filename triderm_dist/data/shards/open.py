@@ -111,7 +111,9 @@ def cache_root(remote: RemoteConfig) -> Path:
         with contextlib.suppress(OSError):
             root.mkdir(mode=0o700)
         if root.is_symlink() or (root.is_dir() and root.stat().st_uid != os.getuid()):
-            raise DataError(f"{root}: of another user; set data.remote.cache to a folder that only you may write to")
+            raise DataError(
+                f"{root}: belongs to another user; set data.remote.cache to a folder that only you may write to"
+            )
     return root
 
 

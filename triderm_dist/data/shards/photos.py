@@ -188,7 +188,7 @@ def _check_frames(image: Image.Image) -> tuple[str, ...]:
         return _check_pages(image)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in ("MPO", "HEIF"):
-        raise PhotoError(f"an animation of {frames} pictures; save the one that is meant")
+        raise PhotoError(f"an animation of {frames} pictures; save the one to use")
     return (SEVERAL,) if frames > 1 else ()
 
 
@@ -205,7 +205,7 @@ def _check_pages(image: Image.Image) -> tuple[str, ...]:
             page -= 1
             break
         if not image.tag_v2.get(_SUBFILE_TYPE, 0) & 5:  # type: ignore[attr-defined]
-            raise PhotoError("a TIFF of several pages; save the one that is meant")
+            raise PhotoError("a TIFF of several pages; save the one to use")
     image.seek(0)
     return (SEVERAL,) if page else ()
 
