@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ensemble.conftest import experiment
-from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
+from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, predictions_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.checksums import read_checked_json, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import calibration, predict
@@ -166,6 +166,20 @@ def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Pa
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, DataSplit(ids, labels, folds)))
     with pytest.raises(DataError, match="lie in 1 fold, two are needed"):
         fit_ensemble(tmp_path, experiment(tmp_path))
+
+
+def test_two_folds_with_one_lesion_of_each_diagnosis_are_fitted(tmp_path: Path) -> None:
+    """Nothing is left to fit inner weights and thresholds on; those of the fold are fitted all the same."""
+    labels, folds = np.tile(np.arange(C), 2), np.repeat([0, 1], C)
+    ids = [f"lesion-{row}" for row in range(2 * C)]
+    for model in MODELS:
+        for fold in (0, 1):
+            own = predictions_of(model, labels[folds == fold], fold, ids[fold * C : fold * C + C], fold)
+            own.model_hash[:] = f"{model}-{fold}"
+            write_predictions(tmp_path / model / f"fold-{fold}" / "predictions.parquet", own)
+    write_oof(tmp_path / "oof.parquet", gather(tmp_path, [*MODELS], DataSplit(ids, labels, folds)))
+    fit = fit_ensemble(tmp_path, experiment(tmp_path, enabled=False))
+    assert fit.rows[-1].nested.value > 0.3
 
 
 def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> None:

@@ -321,8 +321,10 @@ class ArgmaxObjective(MacroF1Objective):
 
 
 def _fit_weights(objective: MacroF1Objective, rounds: int) -> np.ndarray:
-    """Fit (M,) weights on the simplex: greedy selection with replacement, then refinement."""
+    """Fit (M,) weights on the simplex: greedy selection with replacement, then refinement; equal without a lesion."""
     members = len(objective.tables)
+    if not objective.occurs.any():  # of two folds, one may hold a single group of each diagnosis
+        return np.full(members, 1 / members)
     counts, total = np.zeros(members), np.zeros_like(objective.tables[0])
     weights, best, rounds_without_gain = np.full(members, 1 / members), -1.0, 0
     for size in range(1, rounds + 1):
