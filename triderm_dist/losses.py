@@ -177,7 +177,7 @@ class Focal(LossTerm):
     def __init__(self, settings: LossConfig, class_counts: torch.Tensor) -> None:
         super().__init__(settings, class_counts)
         weights = (class_counts.clamp(min=1) / class_counts.sum()) ** -settings.class_weight_power
-        # Mean 1 over the training lesions: the power does not change the weight of the term as a whole.
+        # Mean 1 over the training lesions, so that the power alone does not change the weight of the term as a whole.
         mean = (class_counts * weights).sum() / class_counts.sum()
         self.register_buffer("class_weights", weights / mean, persistent=False)
 
