@@ -9,8 +9,10 @@ line is one JSON object: by file and model the GiB and lesions/s.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -18,6 +20,9 @@ from triderm_dist.cli import run
 from triderm_dist.config import Experiment, find_file, load
 from triderm_dist.files import write_text
 from triderm_dist.settings import Section
+
+if TYPE_CHECKING:
+    from triderm_dist.models.network import Network
 
 HEAD = "# Expected"
 DEVICES = {
@@ -49,14 +54,17 @@ def main(config: ExpectedBenchmark) -> None:
 
 def expected_heads(names: Collection[str] = ()) -> dict[str, list[str]]:
     """Return the lines on what is expected of files, () all, one for each model, by the file's name."""
+    from triderm_dist.monitoring.flops import training_flops
+
     devices = {name: device for base, device in DEVICES.items() for name in (base, f"{base}_large")}
-    return {name: _head(name, devices[name]) for name in names or devices}
+    flops_of = functools.cache(training_flops)  # several files train the same networks
+    return {name: _head(name, devices[name], flops_of) for name in names or devices}
 
 
-def _head(name: str, device: str) -> list[str]:
+def _head(name: str, device: str, flops_of: Callable[[Network], float]) -> list[str]:
     from triderm_dist.doctor.advice import canvas_of
     from triderm_dist.monitoring.expectation import expect
-    from triderm_dist.monitoring.flops import TrainingCompute, named_peak, training_flops
+    from triderm_dist.monitoring.flops import TrainingCompute, named_peak
     from triderm_dist.monitoring.memory_estimate import bare_network
     from triderm_dist.tasks import milk10k_task
 
@@ -65,7 +73,7 @@ def _head(name: str, device: str) -> list[str]:
     lines = []
     for model_name, model in experiment.models.items():
         network, _ = bare_network(model, milk10k_task().signature(CONCEPTS))
-        compute = TrainingCompute(training_flops(network), peak, 1, "data sheet")
+        compute = TrainingCompute(flops_of(network), peak, 1, "data sheet")
         found = expect(network, model.train, compute, True, canvas=canvas_of(experiment.data))
         lines.append(f"{HEAD} of {model_name} on one {device.removeprefix('NVIDIA ')}: {found}.")
     return lines

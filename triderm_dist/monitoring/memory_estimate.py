@@ -31,6 +31,8 @@ from triderm_dist.schema import InputError, Signature
 
 WORKSPACES = 2 * 32 * 2**20
 """Bytes of the cuBLAS workspaces of the forward and the backward thread on a Hopper GPU; a quarter on other GPUs."""
+_SIMULATED: weakref.WeakKeyDictionary[Network, dict[tuple, tuple[int, int]]] = weakref.WeakKeyDictionary()
+"""Results of `_simulate` by network, which they must not keep alive on the GPU after the training."""
 
 
 class MemoryEstimate:
@@ -52,11 +54,12 @@ class MemoryEstimate:
         strategy: Strategy = "single",
         canvas: tuple[int, int] | None = None,
     ) -> None:
-        """half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO is estimated as FSDP2.
-        canvas: width and height of the photos in the shards; None omits the loader's buffers on the GPU.
+        """network: not modified later.  half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO
+        is estimated as FSDP2.  canvas: width and height of the photos in the shards; None omits the loader's buffers
+        on the GPU.
         """
         self._network, self._train, self._half = network, train, half
-        self._results: dict[tuple[int, bool, bool, bool], tuple[int, int]] = {}
+        self._results = _SIMULATED.setdefault(network, {})
         self._per_rank = max(1, train.global_batch // ranks)
         self._keeps_gradients = strategy != "single"
         parameters = list(network.parameters())
@@ -149,10 +152,9 @@ class MemoryEstimate:
         return max(0, int((memory - fixed) / per_lesion))
 
     def _simulated(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> tuple[int, int]:
-        # Not `functools.cache`, which would keep the network alive on the GPU after the training.
-        key = (lesions, checkpointing, kept, training)
+        key = (lesions, self._half, checkpointing, kept, training)
         if key not in self._results:
-            self._results[key] = _simulate(self._network, lesions, self._half, checkpointing, kept, training)
+            self._results[key] = _simulate(self._network, *key)
         return self._results[key]
 
     def _peak(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> int:
