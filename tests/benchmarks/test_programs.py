@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import Challenge, write_challenge
+from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS, ROOT
 
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
@@ -123,12 +124,14 @@ def gpu_page(folder: Path) -> Path:
 NULL_GPU = ROOT.parent / "shared" / "nullgpu" / "nullgpu"
 """A program that stands in for a GPU's driver; beside the project on some machines."""
 ON_GPU = ("launches", "memory")
+TRACED = ("rank_files",)
+"""Programs that look at a process that they start, which therefore must not be a fork."""
 
 
-def program(*command: str, through: tuple[str, ...] = ()) -> str:
-    """Run a module, and return what it printed. through: a program that runs it."""
+def program(*command: str, through: tuple[str, ...] = (), python: str | None = None) -> str:
+    """Run a module, and return what it printed. through: a program that runs it.  python: None takes a fork."""
     done = subprocess.run(
-        [*through, sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*through, python or fork_python(), "-m", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
@@ -145,8 +148,9 @@ def test_benchmark_runs(name, inputs, tmp_path):
         through = (str(NULL_GPU),)
     if name == "rank_files" and not shutil.which("strace"):
         pytest.skip("needs strace")
-    last = program(f"benchmarks.{name}", *arguments(name, inputs, tmp_path), through=through).splitlines()[-1]
-    assert isinstance(json.loads(last), dict)
+    python = sys.executable if through or name in TRACED else None
+    printed = program(f"benchmarks.{name}", *arguments(name, inputs, tmp_path), through=through, python=python)
+    assert isinstance(json.loads(printed.splitlines()[-1]), dict)
 
 
 @pytest.mark.slow

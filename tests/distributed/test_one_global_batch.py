@@ -110,6 +110,6 @@ def test_previous_sums_are_those_of_the_step_before_with_one_micro_batch_too(und
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy, ranks", [("single", 1), ("ddp", 2), ("fsdp2", 2), ("deepspeed_zero2", 2)])
 def test_compiled_blocks_draw_the_same(undivided, packed, tmp_path, strategy, ranks):
-    splits = [(24 // ranks, *COMPILED), (6, *COMPILED), (6, *COMPILED, *CHECKPOINTED)]
+    splits = [(12, *COMPILED), (6, *COMPILED, *CHECKPOINTED)]  # the same for all, which share compiled kernels
     for split, result in steps(SETTINGS, tmp_path / "run", packed, strategy, ranks, splits).items():
         assert_equal(result, undivided[24,], split)

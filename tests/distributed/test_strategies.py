@@ -1,6 +1,7 @@
 """A training stopped and resumed under each strategy in turn equals an uninterrupted one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,22 +167,33 @@ COMBINED = {
 }
 
 
+SHORT = ("train.epochs=2", "models.tri.dropout=0.2")
+
+
+@pytest.fixture(scope="module")
+def begun(settings, tmp_path_factory) -> dict[str, Path]:
+    """Folders of trainings that one process, without options, stopped after the first of two epochs, by precision."""
+    folder = tmp_path_factory.mktemp("begun")
+    runs = {"": folder / "fp32", LOW: folder / "bf16"}
+    jobs = [job(settings, path, *SHORT, *precision.split(), stop=0) for precision, path in runs.items()]
+    assert all(end.startswith("Interrupted") for end in run(folder / "single", "single", jobs))
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", COMBINED)
-def test_combined_options_resume_a_one_process_checkpoint(settings, tmp_path, strategy):
+def test_combined_options_resume_a_one_process_checkpoint(settings, begun, tmp_path, strategy):
     """Resume a one-process checkpoint of the same precision with combined options; losses stay close.
 
     Compiled blocks must draw the same dropout masks as eager ones: the exact soft F1 sums rely on it.
     """
-    names = [f"{number}" for number, _ in enumerate(COMBINED[strategy])]
-    jobs = [
-        job(settings, tmp_path / name, "train.epochs=2", "models.tri.dropout=0.2", *overrides.split())
-        for name, overrides in zip(names, COMBINED[strategy], strict=True)
-    ]
-    begun = [{**each, "stop": 0} for each in jobs]
-    assert all(end.startswith("Interrupted") for end in run(tmp_path / "begin", "single", begun))
+    jobs = []
+    for number, options in enumerate(COMBINED[strategy]):
+        output = shutil.copytree(begun[LOW if LOW in options else ""], tmp_path / str(number))
+        jobs.append(job(settings, output, *SHORT, *options.split()))
     assert run(tmp_path / "resumed", strategy, jobs) == ["done"] * len(jobs)
-    plain = dict(losses(tmp_path / "0" / "tri" / "fold-0"))
-    for name in names:
-        for step, loss in losses(tmp_path / name / "tri" / "fold-0"):
-            assert loss == pytest.approx(plain[step], rel=0.02), (COMBINED[strategy][int(name)], step)
+    plain, *others = (losses(tmp_path / str(number) / "tri" / "fold-0") for number in range(len(jobs)))
+    assert [step for step, _ in plain] == list(range(1, 9))
+    for options, other in zip(COMBINED[strategy][1:], others, strict=True):
+        for (step, loss), (_, expected) in zip(other, plain, strict=True):
+            assert loss == pytest.approx(expected, rel=0.02), (options, step)
