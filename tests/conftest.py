@@ -34,8 +34,8 @@ settings.load_profile("fixed")
 
 LONGEST = (
     *("benchmarks", "distributed/test_strategies.py", "search/test_study.py", "test_extending.py", "test_data_sets.py"),
-    *("test_any_task.py", "distributed", "doctor", "inference/test_run.py", "monitoring/test_memory_estimate.py"),
-    *("test_run_folder.py", "test_launchers.py", "commands/test_bad_data.py"),
+    *("test_any_task.py", "distributed", "faults", "test_damaged_files.py", "test_wheel.py", "doctor", "monitoring"),
+    *("inference/test_run.py", "test_run_folder.py", "test_launchers.py", "commands/test_bad_data.py"),
 )
 """The slowest files and folders. They run first, so that the workers of pytest-xdist finish at the same time."""
 
