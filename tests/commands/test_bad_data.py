@@ -153,7 +153,7 @@ def test_folder_of_any_task_is_packed_and_verified(tmp_path: Path) -> None:
     assert packed.returncode == 0 and "note: no column 'dx': no lesion has a diagnosis" in packed.stdout
     train_index, test_index = read_index(tmp_path / "train"), read_index(tmp_path / "test_shards")
     assert train_index.task == test_index.task == load_task(train / "task.yaml")
-    assert train_index.counts() == {"MEL": 3, "NV": 3, "unlabeled": 0} and test_index.counts()["unlabeled"] == 6
+    assert train_index.counts() == {"MEL": 3, "NV": 3} and test_index.unlabeled == 6
     assert train_index.concepts == () and len(set(train_index.groups)) == 3 and "0" not in train_index.groups
     verified = run("triderm_dist.commands.verify", f"folder={tmp_path / 'train'}", "folds=2")
     assert verified.returncode == 0 and "6 photos (0 views missing)" in verified.stdout

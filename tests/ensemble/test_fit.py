@@ -194,7 +194,7 @@ def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> 
         paths.append(tmp_path / "refit" / model / "test.parquet")
         write_predictions(paths[-1], part, split="test")
         assert read_predictions(paths[-1]).refit_of == part.refit_of
-    written = write_test_results(tmp_path, paths, tmp_path / "refit")
+    written = write_test_results(FittedEnsemble.load(tmp_path), paths, tmp_path / "refit")
     assert written == [tmp_path / "refit" / "submission.csv"] and not (tmp_path / "submission.csv").exists()
     ids, probabilities, decisions = submission.read_probabilities(tmp_path / "refit", milk10k_task())
     submitted = submission.read_submission(written[0])
@@ -209,7 +209,7 @@ def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> 
     assert (tmp_path / "refit" / "heldout.json").exists() and not (tmp_path / "heldout.json").exists()
     write_predictions(paths[0], replace(read_predictions(paths[0]), refit_of=("other",)), split="test")
     with pytest.raises(DataError, match=r"ensemble.json: was fitted on other weights of trimodal"):
-        write_test_results(tmp_path, paths, tmp_path / "refit")
+        write_test_results(FittedEnsemble.load(tmp_path), paths, tmp_path / "refit")
     with pytest.raises(DataError, match="networks=refit: the stacker takes fused features"):
         check_refit("features")
 
@@ -240,7 +240,7 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     for path in folder.glob("*/fold-*/test.parquet"):  # the decision is that of the ensemble, not of the test set
         part = read_predictions(path)
         write_predictions(path, replace(part, task=replace(part.task, decision="threshold")), split="test")
-    paths = write_test_results(folder, sorted(folder.glob("*/fold-*/test.parquet")))
+    paths = write_test_results(FittedEnsemble.load(folder), sorted(folder.glob("*/fold-*/test.parquet")))
     assert [path.name for path in paths] == ["probabilities.csv", "decisions.csv"]
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7, classes=4))}
     tests = average_test(read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet")))
@@ -275,7 +275,7 @@ def test_results_do_not_depend_on_how_many_lesions_are_predicted_at_once(
     monkeypatch.setattr(predict, "average_test", lambda parts: read.append(len(parts[0])) or average_test(parts))
 
     def results(name: str) -> dict[str, bytes]:
-        write_test_results(folder, files, tmp_path / name)
+        write_test_results(FittedEnsemble.load(folder), files, tmp_path / name)
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
     at_once = results("at_once")

@@ -139,7 +139,7 @@ def predict_test_set(config: PredictRun) -> None:
         return
     files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]
     folder = config.folder / "refit" if config.networks == "refit" else config.folder
-    for path in write_test_results(config.folder, files, folder):
+    for path in write_test_results(ensemble, files, folder):
         print(wrapped(f"wrote {path}"))
     _print_networks(config, ensemble.ensemble)
     if truth is not None:

@@ -40,10 +40,9 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
     if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
         return Finding(title, packed, "error", "pack the folder again, or set another data.shards")
     if not isinstance(packed, str):
-        counts = packed.counts()
-        rarest = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
+        rarest = min(packed.counts().values())
         text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {rarest}"
-        if counts["unlabeled"] == len(packed):
+        if packed.unlabeled == len(packed):
             return Finding(title, f"{text}, none has a label", "error", "pack the folder with its ground truth")
         if rarest < data.folds:
             return Finding(title, text, "warning", f"fewer than data.folds {data.folds}: some folds will lack it")

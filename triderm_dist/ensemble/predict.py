@@ -51,17 +51,16 @@ LESIONS = 16_384
 """Test lesions that are predicted at once."""
 
 
-def write_test_results(run_folder: Path, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
-    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble of RUN, and write the results.
+def write_test_results(fitted: FittedEnsemble, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
+    """Average `test_files` (MODEL/fold-K/test.parquet), apply the stacker and ensemble of a run, write the results.
 
-    folder: for the files, by default RUN. They are `result_files`, the files of `write_probabilities`,
+    folder: for the files, by default that of the run. They are `result_files`, the files of `write_probabilities`,
     probabilities.parquet with those of the members, and predictions.parquet: one row per lesion and model, the mean
     over folds and transforms. Lesions are predicted `LESIONS` at once, or all where the files differ in their order or
     the stacker takes embeddings. Returns the paths of `result_files`. Raises DataError if the files hold different
     lesions or the ensemble needs another model.
     """
-    folder = folder or run_folder
-    fitted = FittedEnsemble.load(run_folder)
+    folder = folder or fitted.folder
     extra = fitted.stacker.extra if fitted.stacker else ""
     files = [PredictionFile(path) for path in test_files]
     size = (
@@ -78,7 +77,7 @@ def write_test_results(run_folder: Path, test_files: Sequence[Path], folder: Pat
         np.concatenate([part.decisions for _, part, _ in found]),
     )
     members = np.concatenate([each[2] for each in found], axis=1)
-    task = read_task(run_folder / ENSEMBLE_FILE)  # a test set may be described with another decision
+    task = read_task(fitted.folder / ENSEMBLE_FILE)  # a test set may be described with another decision
     write_predictions(folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
     (folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
     by_member = dict(zip(fitted.members, members, strict=True))

@@ -61,7 +61,10 @@ def test_index_has_the_content_of_the_data_set(dataset: Dataset, tmp_path: Path)
     assert index.concepts == dataset.concepts and index.diagnoses == DIAGNOSES
     types = {name: getattr(index, name).dtype for name in ("labels", "shard", "offsets", "sizes", "concept_scores")}
     assert list(types.values()) == [np.int64, np.int32, np.int64, np.int32, np.float32]
-    assert index.counts()["unlabeled"] == 1 and sum(index.counts().values()) == 22
+    assert index.unlabeled == 1 and sum(index.counts().values()) == 21
+    diagnoses = (dataclasses.replace(index.task.diagnoses[0], name="unlabeled"), *index.task.diagnoses[1:])
+    named = dataclasses.replace(index, task=dataclasses.replace(index.task, diagnoses=diagnoses))
+    assert named.unlabeled == 1 and named.counts()["unlabeled"] == 2
     raw = json.loads((tmp_path / "out" / "index.json").read_text())
     assert raw["counts"] == {**dict.fromkeys(DIAGNOSES, 2), DIAGNOSES[7]: 1, "unlabelled": 1}
     missing = np.argwhere(index.sizes == 0)

@@ -111,7 +111,7 @@ def test_photos_without_records_can_be_indexed_for_prediction(tmp_path: Path) ->
     write_foreign(tmp_path / "theirs", change=lambda sample, number: sample.pop("json"))
     notes: list[str] = []
     index = index_shards(tmp_path / "theirs", note=notes.append)
-    assert index.counts()["unlabeled"] == 8 and index.concepts == CONCEPTS
+    assert index.unlabeled == 8 and index.concepts == CONCEPTS
     assert np.isnan(index.concept_scores).all() and np.isnan(index.metadata).all()
     assert "no sample has concept scores" in notes[0] and "no sample has a label" in notes[1]
     assert verify(index, 2, 0) == []

@@ -312,10 +312,10 @@ def test_partly_labeled_and_unlabeled_sets(make_challenge: Make, tmp_path: Path)
     challenge = make_challenge()
     challenge.truth = challenge.truth[:15]
     index = packed(read_challenge(challenge.write().folder), tmp_path / "partly")
-    assert index.counts()["unlabeled"] == 7 and verify(index, 2, 0) == []
+    assert index.unlabeled == 7 and verify(index, 2, 0) == []
     unlabeled = make_challenge(prefix="MILK10k_Test", labeled=False, name="test")
     index = packed(read_challenge(unlabeled.folder), tmp_path / "none")
-    assert index.counts()["unlabeled"] == 22 and verify(index, 2, 0) == []
+    assert index.unlabeled == 22 and verify(index, 2, 0) == []
 
 
 def test_memory_is_independent_of_the_size_of_the_set(make_challenge: Make, tmp_path: Path) -> None:

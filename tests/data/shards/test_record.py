@@ -113,7 +113,15 @@ def test_names_of_members(name: str, parts: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("names", "lesion"),
-    [(["md"], False), (["txt", "cls"], True), (["heic"], True), (["closeup.dcm"], True), (["seen"], True), ([], False)],
+    [
+        (["md"], False),
+        (["txt", "cls"], True),
+        (["heic"], True),
+        (["a.mpo"], True),
+        (["closeup.dcm"], True),
+        (["seen"], True),
+        ([], False),
+    ],
 )
 def test_what_belongs_to_a_lesion(names: list[str], lesion: bool) -> None:
     extensions: dict[str, Any] = {"clinical": ("seen",), "dermoscopic": ("dermoscopic.jpg",)}

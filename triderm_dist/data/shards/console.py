@@ -60,9 +60,9 @@ def print_problems(problems: Sequence[Problem], table: Path) -> None:
 
 def print_index(index: ShardIndex) -> None:
     """Print the lesions of each diagnosis, notes, and what was read, converted, dropped and packed."""
-    counts = {diagnosis: count for diagnosis, count in index.counts().items() if count}
-    width = max(10, *map(len, counts)) if counts else 0
-    for diagnosis, count in counts.items():
+    counts = [(name, count) for name, count in (*index.counts().items(), ("unlabeled", index.unlabeled)) if count]
+    width = max(10, *(len(name) for name, _ in counts)) if counts else 0
+    for diagnosis, count in counts:
         print(f"  {diagnosis:<{width}} {count:>7}")
     size = sum(shard.bytes for shard in index.shards)
     dropped = len({problem.lesion_id for problem in index.problems} - {""})

@@ -239,9 +239,14 @@ class ShardIndex:
         return self.folder / self.shards[shard].url
 
     def counts(self) -> dict[str, int]:
-        """Return the number of lesions of each diagnosis, and of those without one (`unlabeled`)."""
-        counts = np.bincount(self.labels - UNLABELED, minlength=len(self.diagnoses) + 1).tolist()
-        return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabeled": counts[0]}
+        """Return the number of lesions of each diagnosis."""
+        counts = np.bincount(self.labels[self.labels != UNLABELED], minlength=len(self.diagnoses))
+        return dict(zip(self.diagnoses, counts.tolist(), strict=True))
+
+    @property
+    def unlabeled(self) -> int:
+        """The number of lesions without a diagnosis."""
+        return int((self.labels == UNLABELED).sum())
 
     def _list_column(self, name: str, width: int) -> np.ndarray:
         """Return a column of lists, which samples.parquet lacks where they would be empty."""

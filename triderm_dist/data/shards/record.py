@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from triderm_dist.data.photo_formats import PHOTO_SUFFIXES
 from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
 from triderm_dist.data.readers.dataset import why_no_lesion_id
 from triderm_dist.runtime.messages import quoted
@@ -17,27 +18,8 @@ from triderm_dist.schema import UNLABELED, Lesion, Task
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
-PHOTO_SUFFIXES = frozenset(
-    (
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "tif",
-        "tiff",
-        "bmp",
-        "gif",
-        "heic",
-        "heif",
-        "avif",
-        "jp2",
-        "jxl",
-        "dcm",
-    )
-)
-"""Suffixes of photos in any format, in lower case; shards hold JPEGs."""
+_ANY_PHOTO = frozenset((*PHOTO_SUFFIXES, ".jp2", ".jxl", ".dcm"))
+"""Suffixes of photos in any format; shards hold JPEGs."""
 
 MAX_NAME = 200
 """Characters of a group or the name of a concept."""
@@ -60,7 +42,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def is_photo(extension: str) -> bool:
     """Return whether a member with this extension is a photo, by its last suffix."""
-    return extension.rpartition(".")[2] in PHOTO_SUFFIXES
+    return f".{extension.rpartition('.')[2]}" in _ANY_PHOTO
 
 
 def belongs_to_lesion(names: Iterable[str], extensions: Mapping[str, tuple[str, ...]]) -> bool:

@@ -88,8 +88,7 @@ def _tars(index: ShardIndex, scratch: Path) -> Iterator[_Tar]:
 
 def _counts(index: ShardIndex) -> Iterator[Problem]:
     path = index.folder / INDEX
-    counts = index.counts()
-    counts[UNLABELED_KEY] = counts.pop("unlabeled")
+    counts = {**index.counts(), UNLABELED_KEY: index.unlabeled}
     for name, count in read_index_json(path).get("counts", {}).items():
         if count != counts.get(name):
             what = f"{count} lesions of {name}, {SAMPLES} has {counts.get(name)}"
