@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.union_sets import MAIN, OTHER, pack_set
-from triderm_dist.config import Experiment, load
+from triderm_dist.config import CONFIG_FILE, Experiment, load, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import is_fold_finished, result_hash
@@ -50,8 +50,6 @@ def other_run(sets, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("other") / "run"
     for model in MODELS:
         run_folds(experiment(sets[1], output, model=model), sets[1], [model], range(2))
-    from triderm_dist.config import CONFIG_FILE, save
-
     save(experiment(sets[1], output), output / CONFIG_FILE)
     return output
 
@@ -153,6 +151,25 @@ def test_test_lesions_are_not_seen_either(sets, other_run, tmp_path):
     config = experiment(main, tmp_path, f"{other_run}/cnn", "", "cnn", f"data.test_shards={other.folder}")
     with pytest.raises(DataError, match="OL0"):
         run_folds(config, main, ["cnn"], [0])
+
+
+def test_lesions_that_the_start_of_the_other_network_has_seen_are_seen(sets, tmp_path, capsys):
+    """A network of the training set, then one of the other set that begins with it, then one of the training set."""
+    main, other = sets
+    runs = [tmp_path / name for name in ("first", "second", "third")]
+    first, second = experiment(main, runs[0]), experiment(other, runs[1], f"{runs[0]}/cnn/fold-0")
+    for config, index in ((first, main), (second, other)):
+        save(config, config.folder / CONFIG_FILE)
+        run_folds(config, index, ["cnn"], [0])
+    third = experiment(main, runs[2], f"{runs[1]}/cnn")
+    run_folds(third, main, ["cnn"], [0])
+    with pytest.raises(DataError, match=r"cnn/fold-0 was trained on lesions that this training is to predict.*L0"):
+        run_folds(third, main, ["cnn"], [1])
+    shutil.rmtree(runs[0])
+    capsys.readouterr()
+    run_folds(third, main, ["cnn"], [1])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{runs[1]}/cnn/fold-0 began with cnn/fold-0 of {runs[0]}, which is not there or has changed" in printed
 
 
 def test_a_frozen_tower_gets_the_trained_weights_and_outlives_the_run(sets, other_run, tmp_path, capsys):

@@ -1,5 +1,5 @@
 """Choose the network from which a training starts (`models.NAME.init`), without leakage: it must not have been trained
-on any lesion that the training will predict, held-out or of the test set.
+on any lesion that the training will predict, held-out or of the test set, nor have begun with one that was.
 
 Lesions are the same if their ids or groups are equal, or if they share a photo (`data.overlap`). Photos are compared if
 the packed sets of the other run still exist at the paths in its settings.
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,15 @@ from triderm_dist.data.shards.format import Text
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.distributed.collectives import on_main
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.thumbnails import compute_thumbnails
-from triderm_dist.engine.trained_network import TrainedNetwork
+from triderm_dist.engine.trained_network import REFIT, TrainedNetwork
 from triderm_dist.engine.warm_start import find_networks
 from triderm_dist.predictions import find_predictions
 from triderm_dist.predictions.files import PredictionFile
 from triderm_dist.runtime.messages import listed
 from triderm_dist.runtime.terminal import wrapped
-from triderm_dist.schema import UNLABELED, ConfigError, DataError
+from triderm_dist.schema import UNLABELED, CheckpointError, ConfigError, DataError
 
 MAX_NAMED = 5
 """Lesions that a message lists by name."""
@@ -67,9 +69,9 @@ class WarmStart:
         ]
         which = self.networks[0].name if len(self.networks) == 1 else f"each of its {len(self.networks)} networks"
         raise DataError(
-            f"{self.init}: {which} was trained on lesions that this training is to predict, so that their scores "
-            f"would be too good: {listed(shared, MAX_NAMED)}; name a run of other lesions, or RUN/MODEL of "
-            "one with the same folds"
+            f"{self.init}: {which} was trained on lesions that this training is to predict, or began with a network "
+            f"that was, so that their scores would be too good: {listed(shared, MAX_NAMED)}; name a run of other "
+            "lesions, or RUN/MODEL of one with the same folds"
         )
 
 
@@ -94,22 +96,31 @@ def open_networks(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> WarmStart:
-    """Find the networks that `init` names, and compare their training lesions with the training set and with the test
-    set, if it is packed. Call on all ranks.
+    """Find the networks that `init` names, and compare the lesions that they, and the networks that they began with,
+    were trained on with the training set and with the test set, if it is packed. Call on all ranks.
 
     setting: key of model NAME with the value `init`.
     after_file: called on all ranks after every file of thumbnails, and may raise.
     Raises ConfigError if the run is not found.
     """
     networks = find_networks(init, name, setting)
-    sets, notes = _training_sets(experiment, networks[0])
-    for its in (each.index for each in sets if each.index is not None):
+    lineage, notes = list[tuple[int, TrainedNetwork]](), list[str]()  # number in `networks`, it or one before it
+    for number, network in enumerate(networks):
+        before, missing = _networks_before(network)
+        lineage += [(number, one) for one in (network, *before)]
+        notes += missing
+    sets = dict[tuple[Path, str], list[_TrainingSet]]()  # by run and model
+    for _, one in lineage:
+        if (one.run, one.model) not in sets:
+            sets[one.run, one.model], missing = _training_sets(experiment, one)
+            notes += missing
+    for its in (each.index for each in chain(*sets.values()) if each.index is not None):
         if its.group_salt != index.group_salt and its.has_groups and index.has_groups:
             notes.append(
                 f"groups of {its.folder} and of the training set are not hashes under the same salt, so that patients "
                 f"in common are not found; pack it with salt={index.folder}"
             )
-    for note in notes:
+    for note in dict.fromkeys(notes):
         accelerator.print(wrapped(f"note: models.{name}.{setting}: {note}"), flush=True)
     own = [index]
     if is_packed(experiment.test_shards):
@@ -117,9 +128,11 @@ def open_networks(
     ids, seen = [], []
     for each in own:
         names, found = _names(each), np.zeros((len(networks), len(each)), bool)
-        for other in sets:
+        for key, other in ((key, other) for key, others in sets.items() for other in others):
             photos = _shared_photos(other, each, experiment, accelerator, after_file)
-            for number, network in enumerate(networks):
+            for number, network in lineage:
+                if (network.run, network.model) != key:
+                    continue
                 trained = other.trained(network)
                 for own_names, its_names in zip(names, (other.lesion_ids, other.groups), strict=True):
                     found[number] |= _is_in(own_names, its_names.filter(pa.array(trained)))
@@ -149,6 +162,31 @@ class _TrainingSet:
         if network.is_refit or network.folder.name not in self.held_out:
             return self.labeled
         return self.labeled & ~_is_in(self.lesion_ids, self.held_out[network.folder.name])
+
+
+def _networks_before(network: TrainedNetwork) -> tuple[list[TrainedNetwork], list[str]]:
+    """Return the networks that a network began with or has towers of, and those before them, and notes on those that
+    are gone.
+    """
+    found, notes = list[TrainedNetwork](), list[str]()
+    init = network.info.get("init")
+    for about in ([init] if init else []) + list(network.info.get("extra_towers", ())):
+        model, _, part = about["network"].rpartition("/")
+        folder = Path(about["run"], REFIT, model) if part == REFIT else Path(about["run"], model, part)
+        try:
+            one = TrainedNetwork(folder, read_info(folder / "fold"))
+        except CheckpointError:
+            one = None
+        if one is None or one.weights != about["sha256"]:
+            notes.append(
+                f"{network.folder} began with {about['network']} of {about['run']}, which is not there or has changed; "
+                "the lesions that it was trained on are not compared"
+            )
+            continue
+        before, missing = _networks_before(one)
+        found += [one, *before]
+        notes += missing
+    return found, notes
 
 
 def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[list[_TrainingSet], list[str]]:
