@@ -105,10 +105,10 @@ class Loader:
         return contextlib.nullcontext(lambda steps: None)
 
     def _parts(self) -> Iterator[_Pending]:
-        """Yield the micro-batches of the plan.
+        """Yield the micro-batches of the plan, whose photos are not fetched yet.
 
-        Inputs other than photos are prepared for `PREPARED_LESIONS` at a time, to hold the GIL, which the decoders
-        need, for less time, and to copy less often to a GPU.
+        Other inputs are prepared for `PREPARED_LESIONS` at a time: that holds the GIL, which the decoders need, for
+        less time, and copies to a GPU less often.
         """
         batches = iter(self.batches)
         while first := next(batches, None):

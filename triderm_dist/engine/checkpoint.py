@@ -11,8 +11,8 @@ and dropout are functions of (seed, epoch, lesion).
 
 It is written by a thread from a copy on the host, while the training continues; the next save waits for it.
 
-The newest `keep_last` are kept, and none of a finished fold (but with `train.keep_checkpoints`): a training with more
-epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
+The newest `keep_last` are kept, and none of a finished fold unless `train.keep_checkpoints` is set: a training with
+more epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
 selected weights are FOLDER/weights.safetensors (`network_files`). `state.json`, written last, holds the SHA-256 of
 every file and of itself. A damaged checkpoint is skipped for the one before it, and written again when the training
 reaches its step.
@@ -193,7 +193,7 @@ class Checkpoint:
         if accelerator.scaler and self.record["scaler"]:
             accelerator.scaler.load_state_dict(self.record["scaler"])
         sums = self.record["sums"]
-        if isinstance(sums, list):  # checkpoints of before there were other terms
+        if isinstance(sums, list):  # of a version whose only sums were those of soft F1
             sums = {"soft_f1": sums}
         device = accelerator.device
         training.sums = {name: torch.tensor(each, device=device) for name, each in sums.items()} if sums else None
@@ -230,8 +230,8 @@ class Checkpoints:
     """The checkpoints and selected weights of one training, which is identified by its resume hashes: the first is
     recorded, the others are accepted.
 
-    As a context it leaves no file half written: on every rank it ends when the files asked for are there, or raises
-    what writing them raised, unless the block raises something else.
+    As a context manager it waits at the end, on every rank, until the files asked for are written, and raises what
+    writing them raised, unless the block itself raises.
 
     execution: settings that may change on resume, such as the precision.  frozen: the SHA-256 of the network's frozen
     parameters, None without any.  changes: where settings changed, {"step", setting: [before, after]}.

@@ -148,7 +148,7 @@ def run_trainings(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """changes: of settings on resume.  init: what fold.json records of `models.NAME.init`."""
+    """What fold.json records of a training. changes: of settings on resume.  init: of `models.NAME.init`."""
 
     changes: list[dict[str, Any]]
     init: dict[str, Any] | None

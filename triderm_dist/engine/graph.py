@@ -46,7 +46,9 @@ from triderm_dist.schema import ConfigError
 WARM_UP = 3
 """Eager steps before the capture."""
 DDP_WARM_UP = 11
-"""Eager steps before the capture under DDP, which rebuilds its buckets after the first step and reads timers in ten."""
+"""Eager steps before the capture under DDP, which rebuilds its buckets after the first step and reads timers in the
+first ten.
+"""
 Computed = tuple[Sums, torch.Tensor]
 """What `TrainStep.compute` returns."""
 

@@ -78,7 +78,8 @@ class TrainStep:
         # Terms of plugins may do what the compiler cannot trace.
         compiled = config.compile and not config.loss.terms
         self._sums = torch.compile(loss.sums, dynamic=False) if compiled else loss.sums
-        self._checked = strategy_of(accelerator) == "deepspeed"  # which keeps the gradients, and takes none for 0
+        # Not checked under DeepSpeed, which keeps the gradients itself and takes a missing one for 0.
+        self._checked = strategy_of(accelerator) == "deepspeed"
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
         """Take optimizer step `number`, counted from 0. Call on all ranks.

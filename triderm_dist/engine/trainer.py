@@ -64,6 +64,7 @@ class TrainingData:
     validation_rows: np.ndarray
 
     def counts(self) -> LesionCounts:
+        """Count the lesions for the start-up report."""
         extra = int((self.train_rows >= len(self.loaders.index)).sum())
         return LesionCounts(len(self.train_rows), extra, len(self.validation_rows))
 

@@ -43,7 +43,7 @@ MAX_FITTED = 20_000
 
 @dataclass(frozen=True)
 class Views:
-    """Loaders of a packed set for one network.
+    """Loaders of a packed set for one network. (The views of a lesion, its photos, are `schema.VIEWS`.)
 
     tower: record of the tower that the network is built on.
     token_shape: of the tokens of its frozen tower; None if the network holds the towers.

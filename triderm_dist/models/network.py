@@ -119,7 +119,7 @@ class Network(nn.Module, ABC):
         outputs = self.fuse(tokens, present, concepts, metadata)
         self._check(outputs)
         if not self.training:
-            # What else a plugin's network returns is for its loss.
+            # Further outputs of a plugin's network are for its loss terms only.
             return Outputs(outputs.logits, outputs.aux_clinical, outputs.aux_dermoscopic, outputs.features)
         if self.fine_head is None:
             return outputs
@@ -249,7 +249,7 @@ class Network(nn.Module, ABC):
         return self.encode(clinical, dermoscopic), present
 
     def _check(self, outputs: Outputs) -> None:
-        """Raise ConfigError for outputs that are not what `fuse` promises; the loss could be another one in silence."""
+        """Raise ConfigError for outputs that `fuse` must not return, which could silently change the loss."""
         where = f"models.NAME.kind: fuse of the network {self.config.kind!r} returned"
         fields = getattr(outputs, "_fields", ())[: len(Outputs._fields)]
         if fields != Outputs._fields or not hasattr(outputs, "heads"):
