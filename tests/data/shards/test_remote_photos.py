@@ -16,6 +16,7 @@ from triderm_dist.data.photo_formats import is_photo_url, read_photo
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.open import open_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.remote import read_url
 from triderm_dist.schema import DataError, Task
@@ -86,6 +87,14 @@ def test_server_that_does_not_answer_ends_packing(photos: Path) -> None:
             read_url(f"{server.url}/p1.jpg?token=hidden", remote)
     with pytest.raises(DataError, match="Protocol not known: nosuch"):
         read_url("nosuch://x/p.jpg")
+
+
+@pytest.mark.parametrize("url", ["dir:///x/p0.jpg", "zip:///x.zip", "reference://x", "simplecache:///x"])
+def test_url_of_no_file_system_is_refused_at_once(url: str) -> None:
+    with pytest.raises(DataError, match=f"{url}.*: no file system is made of such a URL"):
+        read_url(url)
+    with pytest.raises(DataError, match=f"{url}.*: no file system is made of such a URL"):
+        open_index(url, RemoteConfig())
 
 
 def test_local_files_are_named_by_paths(photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,6 +39,10 @@ _INSTALL = "https://, s3:// and gs:// need pip install 'triderm-dist[remote]'"
 
 class FetchStopped(Exception):
     """The caller no longer needs the file."""
+
+
+class UnknownURL(Exception):
+    """The URL is of no kind that is read."""
 
 
 class Store:
@@ -149,9 +153,7 @@ class Store:
                 if status := process.wait():
                     raise OSError(f"the command ended with status {status}")
             return
-        import fsspec
-
-        file_system, location = fsspec.core.url_to_fs(self.address(name), **self._options)
+        file_system, location = _open_file_system(self.address(name), self._options)
         file_system.get_file(location, str(path), callback=progress.callback())
 
     @functools.cached_property
@@ -161,9 +163,7 @@ class Store:
     def _import_file_system(self) -> None:
         """Import what the URL needs, so that the time it takes does not count as a stall."""
         if not self.url.startswith("pipe:"):
-            import fsspec
-
-            fsspec.core.url_to_fs(self.url, **self._options)
+            _open_file_system(self.url, self._options)
 
     def _permanent_reason(self, error: Exception, path: Path) -> str | None:
         """Return the message for an error that a retry cannot fix, else None."""
@@ -202,9 +202,21 @@ def _kind_of(error: Exception) -> Literal["missing", "refused", "invalid", "unkn
         return "invalid"
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
         return "invalid"
-    if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
+    if isinstance(error, ImportError | UnknownURL):
         return "unknown"
     return None
+
+
+def _open_file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the file system of a URL and the location in it. Raises UnknownURL where fsspec makes none of such URLs,
+    as of `dir://`, which it does not say by one kind of error.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (AttributeError, IsADirectoryError, TypeError, ValueError) as error:
+        raise UnknownURL(f"no file system is made of such a URL ({one_line(error, 200)})") from None
 
 
 def _file_system_options(url: str, stall_seconds: float) -> dict[str, Any]:
@@ -233,14 +245,12 @@ def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig 
     Raises FileNotFoundError; PermissionError; OSError for a request that the server refuses; DataError after
     `remote.total_seconds`, or for a URL that no package reads.
     """
-    import fsspec
-
     remote = remote or RemoteConfig()
     deadline, attempt = time.monotonic() + remote.total_seconds, 0
     while True:
         attempt += 1
         try:
-            return work(*fsspec.core.url_to_fs(url, **_file_system_options(url, remote.stall_seconds)))
+            return work(*_open_file_system(url, _file_system_options(url, remote.stall_seconds)))
         except Exception as error:  # network errors have no common base class
             shown, text = redact(url), one_line(error, 300, with_type=True)
             match _kind_of(error):
