@@ -192,9 +192,9 @@ def test_time(name: str, transforms: int, workers: int, size: str, shards: str |
 def predicting(size: str) -> dict[str, Any]:
     """Measure `triderm predict` on photo files with a run of two networks in two folds, 8 transforms."""
     from benchmarks import predict
+    from triderm_dist.inference.inputs import read_input
     from triderm_dist.inference.predictor import Predictor
     from triderm_dist.inference.run_folder import open_run_folder
-    from triderm_dist.inference.table import read_input
 
     full = size == "full"
     tower = {"tower": "timm:vit_base_patch16_224"} if full else {"tower": "timm:test_vit", "image_size": 32}

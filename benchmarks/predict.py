@@ -41,11 +41,11 @@ from triderm_dist.distributed.malloc import disable_malloc_trim
 from triderm_dist.engine.evaluate import Evaluation, mean_outputs
 from triderm_dist.engine.fold import as_predictions
 from triderm_dist.inference.chunks import PredictionJob
+from triderm_dist.inference.inputs import read_input
 from triderm_dist.inference.networks import LoadedModel, NetworkLoader
 from triderm_dist.inference.output import write_output
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
-from triderm_dist.inference.table import read_input
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD, average_test
 from triderm_dist.schema import Outputs

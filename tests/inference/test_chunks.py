@@ -8,8 +8,8 @@ import torch
 
 from tests.processes import wait_for
 from triderm_dist.inference.chunks import PredictionJob, prediction_table, run_hash
+from triderm_dist.inference.inputs import read_input
 from triderm_dist.inference.predictor import Predictor
-from triderm_dist.inference.table import read_input
 from triderm_dist.schema import DataError
 
 LESIONS = 10

@@ -11,7 +11,9 @@ from tests.conftest import draw_photo, write_table
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.milk10k import CONCEPTS, read_challenge
 from triderm_dist.data.readers.table import read_table
-from triderm_dist.inference.table import lesion_of, read_input, read_lesions, table_of_frame
+from triderm_dist.inference.inputs import read_input
+from triderm_dist.inference.photo_names import lesion_of
+from triderm_dist.inference.table import read_lesions, table_of_frame
 from triderm_dist.schema import VIEWS, ConfigError, DataError, Task
 from triderm_dist.tasks import load_task, milk10k_task
 

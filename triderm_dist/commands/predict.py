@@ -226,11 +226,11 @@ def predict_input(config: PredictRun) -> None:
     from triderm_dist.distributed.malloc import disable_malloc_trim, use_expandable_segments
     from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
     from triderm_dist.inference.chunks import PredictionJob
+    from triderm_dist.inference.inputs import read_input
     from triderm_dist.inference.networks import choose_device
     from triderm_dist.inference.output import check_output, part_of
     from triderm_dist.inference.predictor import Predictor
     from triderm_dist.inference.run_folder import open_run_folder
-    from triderm_dist.inference.table import read_input
 
     inputs, output = [Path(path) for path in config.input], config.results
     printed = output == config.folder

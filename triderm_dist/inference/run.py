@@ -28,12 +28,13 @@ from triderm_dist.data.shards.photos import PhotoError, describe_changes
 from triderm_dist.files import why_no_file
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
+from triderm_dist.inference.inputs import read_input
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
 from triderm_dist.inference.prediction import Prediction
 from triderm_dist.inference.predictor import EnsemblePredictions, Predictor
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen
-from triderm_dist.inference.table import read_input, read_lesions, table_of_frame, text_of
+from triderm_dist.inference.table import read_lesions, table_of_frame, text_of
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.extras import require
