@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import socket
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -15,10 +17,12 @@ from triderm_dist.config import RemoteConfig
 from triderm_dist.data.photo_formats import is_photo_url, read_photo
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.lesions_csv import read_lesions
+from triderm_dist.data.shards import remote
+from triderm_dist.data.shards.format import ShardFile
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import open_index
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.data.shards.remote import read_url
+from triderm_dist.data.shards.remote import Store, read_url
 from triderm_dist.schema import DataError, Task
 
 TASK = {
@@ -95,6 +99,33 @@ def test_url_of_no_file_system_is_refused_at_once(url: str) -> None:
         read_url(url)
     with pytest.raises(DataError, match=f"{url}.*: no file system is made of such a URL"):
         open_index(url, RemoteConfig())
+
+
+def test_host_without_an_address_is_refused_after_a_few_attempts(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver that fails for now is asked again."""
+    failures, resolve = list[int](), socket.getaddrinfo
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise socket.gaierror(failures.pop(), "no address")
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", failing)
+    monkeypatch.setattr(remote, "HOST_ATTEMPTS", 2)
+    failures += [socket.EAI_NONAME] * 2
+    with pytest.raises(DataError, match=r"https://clinc.example/p.jpg: no such host; check the address"):
+        read_url("https://clinc.example/p.jpg")
+    failures += [socket.EAI_NONAME] * 2
+    with pytest.raises(DataError, match=r"https://clinc.example/set/index.json: no such host; check the address"):
+        Store("https://clinc.example/set", RemoteConfig()).fetch(ShardFile("index.json", 0, -1, ""), tmp_path / "index")
+    assert not failures
+    with serve(photos) as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        failures += [socket.EAI_AGAIN] * 2
+        assert read_url(f"{url}/p1.jpg") == (photos / "p1.jpg").read_bytes()
+    assert not failures
 
 
 def test_local_files_are_named_by_paths(photos: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -26,6 +27,8 @@ from triderm_dist.runtime.redact import REDACTED, URLS, redact, register_secrets
 from triderm_dist.schema import ConfigError, DataError
 
 POLL_SECONDS = 0.05
+HOST_ATTEMPTS = 4
+"""Attempts, within a few seconds, until a host without an address is taken for a wrong one."""
 
 _Result = TypeVar("_Result")
 
@@ -34,6 +37,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # no leading "-", which would be an option of a command
 # Errors that a retry cannot fix, by name, since their packages may not be installed.
 _PERMANENT = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
+_UNKNOWN_HOST = "no such host; check the address, and this machine's network"
 _INSTALL = "https://, s3:// and gs:// need pip install 'triderm-dist[remote]'"
 
 
@@ -50,6 +54,7 @@ class Store:
 
     def __init__(self, url: str, remote: RemoteConfig) -> None:
         self.url, self.remote = url.rstrip("/"), remote
+        self._reached = False
         if REDACTED in url:
             raise ConfigError(
                 f"{url}: saved settings hold no passwords and tokens; give the whole URL again, as the setting or in "
@@ -76,8 +81,9 @@ class Store:
         SHA-256, unless that is empty.
 
         A download that stalls, breaks or delivers wrong bytes is retried after a pause that doubles up to 15 s, with
-        jitter. Raises DataError after `remote.total_seconds`, or at once for an error that a retry cannot fix (no such
-        file, no permission, a full disk); FetchStopped once `stop` is set.
+        jitter. Raises DataError after `remote.total_seconds`, at once for an error that a retry cannot fix (no such
+        file, no permission, a full disk), or after `HOST_ATTEMPTS` for a host that has no address and was never
+        reached; FetchStopped once `stop` is set.
         """
         if not is_file_name(file.url):
             raise DataError(f"{self.shown(INDEX)}: lists a file {file.url!r}; only letters, digits and ._- are allowed")
@@ -91,12 +97,15 @@ class Store:
                 self._download(file, part, deadline, stop)
                 _check(part, file)
                 part.replace(path)
+                self._reached = True
                 return
             except FetchStopped:
                 raise
             except Exception as error:  # network errors have no common base class
                 if reason := self._permanent_reason(error, path):
                     raise DataError(f"{self.shown(file.url)}: {reason}") from None
+                if not self._reached and attempt == HOST_ATTEMPTS and _is_unknown_host(error):
+                    raise DataError(f"{self.shown(file.url)}: {_UNKNOWN_HOST}") from None
                 problem = one_line(error, 300, with_type=True)
             finally:
                 part.unlink(missing_ok=True)  # the thread of a stalled download may still have it open
@@ -219,6 +228,15 @@ def _open_file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         raise UnknownURL(f"no file system is made of such a URL ({one_line(error, 200)})") from None
 
 
+def _is_unknown_host(error: BaseException | None) -> bool:
+    """Return whether the error, or one behind it, is that the name of a host has no address."""
+    while error:
+        if isinstance(error, OSError) and error.errno == socket.EAI_NONAME:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _file_system_options(url: str, stall_seconds: float) -> dict[str, Any]:
     """Return the options of fsspec for the file system of a URL."""
     if not url.startswith(("http://", "https://")):
@@ -243,7 +261,7 @@ def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig 
     """Return `work(file system, location)` of a URL, after retries of errors that may pass, as in `Store.fetch`.
 
     Raises FileNotFoundError; PermissionError; OSError for a request that the server refuses; DataError after
-    `remote.total_seconds`, or for a URL that no package reads.
+    `remote.total_seconds`, after `HOST_ATTEMPTS` for a host without an address, or for a URL that no package reads.
     """
     remote = remote or RemoteConfig()
     deadline, attempt = time.monotonic() + remote.total_seconds, 0
@@ -262,6 +280,8 @@ def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig 
                     raise OSError(errno.EIO, f"refused ({text})", shown) from None
                 case "unknown":
                     raise DataError(f"{shown}: {text}; {_INSTALL}") from None
+            if attempt == HOST_ATTEMPTS and _is_unknown_host(error):
+                raise DataError(f"{shown}: {_UNKNOWN_HOST}") from None
             pause = pause_before(attempt)
             if time.monotonic() + pause > deadline:
                 raise DataError(
