@@ -90,7 +90,7 @@ def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
 
     index = open_index(config.train_shards, config.data.remote)
     row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
-    return embeddings(config, index, first_frozen(config))[[row_of[str(lesion)] for lesion in table.lesion_ids]]
+    return embeddings(config, index, first_frozen(config))[0][[row_of[str(lesion)] for lesion in table.lesion_ids]]
 
 
 def first_frozen(config: Experiment) -> str:

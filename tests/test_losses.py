@@ -246,6 +246,8 @@ def cross_entropy(inputs):
             lambda sums, count: sums / count,
             "value must return a tensor without dim",
         ),
+        (lambda inputs: inputs.probabilities, lambda sums, count: sums.detach().mean(), "value has no gradient"),
+        (lambda inputs: inputs.logits.argmax(1), None, "per_lesion returned torch.int64, which has no gradient"),
     ],
 )
 def test_wrong_shapes_of_a_term_are_refused(per_lesion, value, message, monkeypatch):
@@ -257,6 +259,15 @@ def test_wrong_shapes_of_a_term_are_refused(per_lesion, value, message, monkeypa
     loss = CompoundLoss(LossConfig(terms={"wrong": {"weight": 1}}), "softmax", COUNTS)
     heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
     with pytest.raises(ConfigError, match=rf"train\.loss\.terms\.wrong: .*{message}"):
+        step_of(loss, heads, random_batch(40, 4)[1], torch.ones(40, dtype=torch.bool), [40])
+
+
+def test_loss_without_a_gradient_is_refused(monkeypatch):
+    detached = {"per_lesion": lambda self, inputs: inputs.probabilities.detach().sum(1)}
+    monkeypatch.setitem(LOSS_TERMS, "detached", type("Detached", (LossTerm,), detached))
+    config = LossConfig(focal_weight=0, soft_f1_weight=0, terms={"detached": {"weight": 1}})
+    loss, heads = CompoundLoss(config, "softmax", COUNTS), [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    with pytest.raises(ConfigError, match=r"train\.loss: detached: no gradient; compute the terms from the outputs"):
         step_of(loss, heads, random_batch(40, 4)[1], torch.ones(40, dtype=torch.bool), [40])
 
 

@@ -25,6 +25,7 @@ from triderm_dist.environment import lacks_log, record_program
 from triderm_dist.files import check_no_file, is_writable, remove_dead_parts
 from triderm_dist.runtime import extras
 from triderm_dist.runtime.messages import one_line, printable
+from triderm_dist.runtime.plugins import explain_plugin_error
 from triderm_dist.runtime.process import prepare_process, tolerate_closed_output
 from triderm_dist.runtime.rank_variables import check_rank_variables
 from triderm_dist.runtime.redact import redacted_output, register_secrets
@@ -187,7 +188,7 @@ def _status_of(work: Callable[[], None]) -> int:
         print_error(f"error: {error}")
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        if (line := extras.explain(error)) is None:
+        if (line := extras.explain(error) or explain_plugin_error(error)) is None:
             raise
         print_error(f"error: {line}")
         return BAD_INPUT
@@ -202,6 +203,11 @@ def _status_of(work: Callable[[], None]) -> int:
         cleaning_up()
         print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")
         return INTERRUPTED
+    except Exception as error:
+        if (line := explain_plugin_error(error)) is None:
+            raise
+        print_error(f"error: {line}")
+        return BAD_INPUT
 
 
 def _exit(status: int) -> None:

@@ -337,6 +337,8 @@ class CompoundLoss(nn.Module):
                 continue
             found[name] = at[name] = sums[name].detach().requires_grad_()
             main, *aux = self._of_heads(name, term, at[name], count)
+            if not main.requires_grad:
+                raise ConfigError(f"train.loss.terms.{name}: value has no gradient; compute it from the sums by torch")
             parts.append(self.weights[name] * (main + self.config.aux_weight * sum(aux)))
         if at:
             found |= zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True)
@@ -347,7 +349,12 @@ class CompoundLoss(nn.Module):
 
         sums: of the part, with gradient.
         """
-        return torch.stack([(slope * sums[name]).sum() for name, slope in slopes.items()]).sum()
+        total = torch.stack([(slope * sums[name]).sum() for name, slope in slopes.items()]).sum()
+        if not total.requires_grad:
+            raise ConfigError(
+                f"train.loss: {', '.join(slopes)}: no gradient; compute the terms from the outputs by torch"
+            )
+        return total
 
     @torch.no_grad()
     def values(self, sums: Sums, count: int) -> dict[str, float]:
@@ -403,6 +410,8 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
     check_known("train.loss.terms", name, LOSS_TERMS, "a loss term")
     kind = LOSS_TERMS[name]
     check_subclass("train.loss.terms", name, kind, LossTerm, "LOSS_TERMS")
+    if kind.per_lesion is LossTerm.per_lesion:
+        raise ConfigError(f"train.loss.terms.{name}: {kind.__name__} has no method per_lesion")
     try:
         term = kind(build(kind.Settings, settings), class_counts)
     except ConfigError as error:
@@ -434,6 +443,8 @@ def _rows(name: str, term: LossTerm, inputs: LossInputs) -> torch.Tensor:
         raise ConfigError(
             f"train.loss.terms.{name}: per_lesion returned {returned}, not a tensor {expected} of the lesions"
         )
+    if not rows.is_floating_point():
+        raise ConfigError(f"train.loss.terms.{name}: per_lesion returned {rows.dtype}, which has no gradient")
     return rows
 
 

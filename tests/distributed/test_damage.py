@@ -26,7 +26,7 @@ from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import read_nested
-from triderm_dist.ensemble.stack_inputs import read_embeddings, write_embeddings
+from triderm_dist.ensemble.stack_inputs import EmbeddingTower, read_embeddings, write_embeddings
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import CheckpointError, DataError
 
@@ -69,7 +69,7 @@ def finished(packed, tmp_path_factory) -> Path:
     shutil.copytree(folder / "one" / "tri" / "fold-0", run / "tri" / "fold-0")
     shutil.copytree(folder / "tokens", run / "tokens")
     fit_ensemble(run, load(Experiment, folder / "tiny.yaml", [f"output={run}", "stack.extra=[]"]))
-    write_embeddings(run / "embeddings.train.parquet", ["a", "b"], np.ones((2, 3)), "tower")
+    write_embeddings(run / "embeddings.train.parquet", ["a", "b"], np.ones((2, 3)), EmbeddingTower("timm:a", "0a"))
     return run
 
 

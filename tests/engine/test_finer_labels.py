@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 import triderm_dist
 from tests.inference.small_run import train
 from tests.inference.small_tower import SMALL_TOWER
 from tests.small_tasks import FINE, TASKS
+from triderm_dist.config import ModelConfig
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.shards.index import read_index
@@ -20,10 +23,22 @@ from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.data.synthetic import write_demo
 from triderm_dist.engine.network_files import read_weights
-from triderm_dist.models.towers import TOWER_SOURCES
-from triderm_dist.schema import UNLABELED, ConfigError, FineLabels, InputError, Task
+from triderm_dist.models.dual_cnn import DualCnn
+from triderm_dist.models.towers import TOWER_SOURCES, TokenShape
+from triderm_dist.schema import UNLABELED, ConfigError, FineLabels, InputError, Outputs, Task
 
 CNN = "models.cnn={kind: dual_cnn, width: 16, tower: {source: 'small:', pretrained: false, frozen: true}}"
+
+
+class Aged(NamedTuple):
+    """The outputs of a network that predicts the age too."""
+
+    logits: torch.Tensor
+    aux_clinical: torch.Tensor | None
+    aux_dermoscopic: torch.Tensor | None
+    features: torch.Tensor
+    age: torch.Tensor
+    heads = Outputs.heads
 
 
 @pytest.fixture
@@ -85,3 +100,24 @@ def test_head_of_finer_labels_is_trained_and_not_kept(tmp_path: Path, small_towe
 def test_finer_labels_that_the_task_lacks_are_refused(tmp_path: Path, small_tower: None) -> None:
     with pytest.raises(InputError, match=r"train\.loss\.fine_weight: task 'small' has no finer labels; set it to 0"):
         train(tmp_path, [CNN, "train.loss.fine_weight=0.5", "stack.enabled=false"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: Aged(*found, found.features[:, 0]), "returned age besides Outputs, which excludes finer labels"),
+        (lambda found: found._replace(features=found.features[:, 1:]), "returned features of width 15, and finer"),
+    ],
+)
+def test_network_whose_outputs_have_no_place_for_finer_labels_is_refused(change: Any, message: str) -> None:
+    class Changed(DualCnn):
+        def fuse(self, *inputs: Any) -> Any:
+            return change(super().fuse(*inputs))
+
+    signature = FINE.signature(())
+    network = Changed(ModelConfig(kind="dual_cnn", width=16), signature, TokenShape(4, 8)).train()
+    network.add_fine_head(3)
+    tokens = torch.rand(2, 2, 4, 8)
+    inputs = torch.rand(2, 0), torch.rand(2, len(signature.fields))
+    with pytest.raises(ConfigError, match=message):
+        network(*tokens, torch.ones(2, 2, dtype=torch.bool), *inputs)

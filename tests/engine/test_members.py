@@ -99,13 +99,13 @@ def test_cache_holds_mean_tokens_also_those_of_a_cache_of_all_tokens(run: Path, 
     index = open_index(experiment.train_shards, experiment.data.remote)
     versions = {path.parent.name.split("-")[0] for path in (run / "tokens").glob("*-mean/*/*.tokens")}
     assert versions == {"plain", "augmented"} and not list((run / "tokens").glob("*[!n]/*/*.tokens"))
-    means = embeddings(experiment, index, "mlp")
+    means = embeddings(experiment, index, "mlp")[0]
     kinds = experiment.models["mlp"].model_copy(update={"kind": "trimodal", "heads": 2, "settings": {}})
     other = experiment.model_copy(update={"models": {"mlp": kinds}, "tokens": str(tmp_path), "output": str(tmp_path)})
-    assert np.allclose(embeddings(other, index, "mlp"), means, atol=1e-3)  # computes and keeps all tokens
+    assert np.allclose(embeddings(other, index, "mlp")[0], means, atol=1e-3)  # computes and keeps all tokens
     again = experiment.model_copy(update={"tokens": str(tmp_path), "output": str(tmp_path)})
     whole = next(path for path in tmp_path.glob("*/plain/000000.tokens") if not path.parts[-3].endswith("-mean"))
-    assert np.array_equal(embeddings(again, index, "mlp"), means)
+    assert np.array_equal(embeddings(again, index, "mlp")[0], means)
     mean = next(tmp_path.glob("*-mean/plain/000000.tokens"))
     assert shape_of(whole)[0] > 1 == shape_of(mean)[0]
 
@@ -113,7 +113,7 @@ def test_cache_holds_mean_tokens_also_those_of_a_cache_of_all_tokens(run: Path, 
 def test_components_are_of_the_lesions_of_training_only(run: Path) -> None:
     experiment = load_run(Experiment, run)
     index = open_index(experiment.train_shards, experiment.data.remote)
-    folds, means = assigned_folds(index, experiment.data), embeddings(experiment, index, "mlp")
+    folds, means = assigned_folds(index, experiment.data), embeddings(experiment, index, "mlp")[0]
     values = torch.from_numpy(means.reshape(len(index), 2, -1))
     for fold in range(2):
         weights = load_file(experiment.fold_folder("mlp", fold) / "weights.safetensors")

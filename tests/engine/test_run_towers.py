@@ -54,7 +54,7 @@ def results(experiment: Experiment) -> list[np.ndarray]:
     return [
         *(read_predictions(file).logits for file in files),
         *(array for maps in explained for array in (*maps.photos.values(), *maps.attention.values())),
-        embeddings(experiment, index, "trained"),
+        embeddings(experiment, index, "trained")[0],
     ]
 
 

@@ -73,7 +73,7 @@ def test_frozen_tower_encodes_the_views_of_the_task_only(trained):
     (plain,) = Path(experiment.token_folder).glob("*/plain/000000.tokens")
     header = json.loads(plain.read_bytes()[:HEADER])
     assert (header["lesions"], header["views"]) == (24, len(index.signature.views))
-    assert embeddings(experiment, index, "frozen").shape == (24, len(index.signature.views) * 256)
+    assert embeddings(experiment, index, "frozen")[0].shape == (24, len(index.signature.views) * 256)
 
 
 def test_attention_is_that_of_the_views_and_tokens_of_the_task(trained):

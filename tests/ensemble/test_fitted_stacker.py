@@ -224,3 +224,11 @@ def test_wide_columns_are_reduced_by_training_rows_only(table: OofTable, tmp_pat
     np.testing.assert_array_equal(loaded.predict(columns), stacker.predict(columns))
     fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json", milk10k_task())
     assert not (tmp_path / "stack.safetensors").exists()
+
+
+def test_stacker_whose_fit_returns_nothing_is_refused(table: OofTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        STACKERS, "nothing", type("Nothing", (PriorStacker,), {"fit": classmethod(lambda *a, **k: None)})
+    )
+    with pytest.raises(ConfigError, match="fit of 'nothing' returned NoneType, not a Nothing"):
+        fit_stacker(training_rows(table), StackConfig(kind="nothing"))

@@ -8,7 +8,13 @@ import pytest
 
 from tests.synthetic_run import CLINIC, write_run
 from triderm_dist.ensemble.columns import ColumnFile, batches_of
-from triderm_dist.ensemble.stack_inputs import base_columns, column_names, read_embeddings, write_embeddings
+from triderm_dist.ensemble.stack_inputs import (
+    EmbeddingTower,
+    base_columns,
+    column_names,
+    read_embeddings,
+    write_embeddings,
+)
 from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import DataError
 
@@ -42,10 +48,10 @@ def test_column_file_round_trip(table: OofTable, tmp_path: Path) -> None:
 
 def test_embeddings_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "e.parquet"
-    write_embeddings(path, ["a", "b"], np.eye(2), "tower")
+    write_embeddings(path, ["a", "b"], np.eye(2), EmbeddingTower("timm:a", "0a"))
     values, tower = read_embeddings(path, np.array(["b", "a"], object))
     np.testing.assert_array_equal(values, [[0, 1], [1, 0]])
-    assert tower == "tower"
+    assert tower == ("timm:a", "0a")
     with pytest.raises(DataError, match="has no lesion c"):
         read_embeddings(path, np.array(["c"], object))
 

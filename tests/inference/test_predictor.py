@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from tests.conftest import write_challenge
 from tests.ensemble.conftest import without_file_hashes
+from tests.inference.small_run import train
+from tests.inference.small_tower import SMALL_TOWER
 from triderm_dist.commands.crossval import CrossvalRun
 from triderm_dist.commands.crossval import main as crossval
 from triderm_dist.commands.embed import EmbedRun
@@ -21,20 +23,29 @@ from triderm_dist.commands.stack import main as stack
 from triderm_dist.config import Experiment, ModelConfig, TowerConfig, load
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
 from triderm_dist.ensemble.fitted_stacker import fit_stacker
 from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, OOF_FILE, STACK_FILE
-from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
+from triderm_dist.ensemble.stack_inputs import (
+    column_names,
+    embedding_tower,
+    embeddings_path,
+    stacker_columns,
+    write_embeddings,
+)
 from triderm_dist.ensemble.stacker import TrainingRows
-from triderm_dist.inference.networks import split_common
+from triderm_dist.inference.networks import NetworkLoader, split_common
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run import Run
 from triderm_dist.inference.run_folder import open_run_folder
+from triderm_dist.inference.slim_run import write_slim_run
 from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.predictions import average_test, read_oof, read_predictions
-from triderm_dist.schema import VIEWS
+from triderm_dist.schema import VIEWS, DataError
 from triderm_dist.tasks import milk10k_task
 
 LESIONS = 7
@@ -175,3 +186,32 @@ def test_many_photos_prepare_frozen_towers_which_changes_probabilities_by_roundi
     predictions = predictor.predict(photos, 8)
     assert len(lines) == 1 and "frozen tower: computed by" in lines[0]
     np.testing.assert_allclose(predictions.results.probabilities, expected.results.probabilities, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_embeddings_by_another_tower_than_the_stacker_read_are_refused(tmp_path, monkeypatch):
+    """Towers of one source differ in settings or weights."""
+    monkeypatch.setitem(TOWER_SOURCES, "small", SMALL_TOWER)
+    tower = "source: 'small:', pretrained: false, frozen: true"
+    models = [
+        f"models.{frame}={{kind: dual_cnn, width: 16, tower: {{{tower}, frame: {frame}}}}}"
+        for frame in ("square", "whole")
+    ]
+    run = train(tmp_path, models, shards="run/shards/train")
+    path = embeddings_path(run, "train")
+    embed(load(EmbedRun, None, [f"run={run}", "model=whole"]))
+    index = read_index(run / "shards" / "train")
+    telling = np.eye(len(index.diagnoses))[index.labels]  # so that the stacker keeps them
+    write_embeddings(path, index.lesion_ids.tolist(), telling, embedding_tower(run))
+    stack(load(StackRun, None, [f"run={run}", "stack.extra=[embeddings]", "stack={min_child_weight: 0}"]))
+    loader = NetworkLoader(open_run_folder(run), torch.device("cpu"))
+    assert loader.run.fitted.stacker.extra == "embeddings"
+    assert loader.load_embedding().preprocessing.frame == "whole"
+    slim = tmp_path / "slim"
+    slim.mkdir()
+    write_slim_run(loader.run, slim)
+    assert NetworkLoader(open_run_folder(slim), torch.device("cpu")).load_embedding().preprocessing.frame == "whole"
+
+    embed(load(EmbedRun, None, [f"run={run}", "model=square"]))
+    with pytest.raises(DataError, match=r"embeddings\.train\.parquet: by another tower than .* run triderm stack"):
+        _ = open_run_folder(run).fitted.stacker

@@ -28,7 +28,7 @@ def main(config: EmbedRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.embed import embeddings
-    from triderm_dist.ensemble.stack_inputs import embeddings_path, write_embeddings
+    from triderm_dist.ensemble.stack_inputs import EmbeddingTower, embeddings_path, write_embeddings
 
     name = config.model or next(iter(config.models))
     sets = {"train": config.train_shards}
@@ -36,10 +36,10 @@ def main(config: EmbedRun) -> None:
         sets["test"] = config.test_shards
     for split, shards in sets.items():
         index = open_index(shards, config.data.remote, verify=config.data.verify and is_main())
-        values = embeddings(config, index, name)
+        values, tower = embeddings(config, index, name)
         if is_main():
             path = embeddings_path(config.folder, split)
-            write_embeddings(path, index.lesion_ids.tolist(), values, config.models[name].tower.source)
+            write_embeddings(path, index.lesion_ids.tolist(), values, EmbeddingTower(tower.source, tower.name))
             print(f"{path}: {len(values)} lesions, {values.shape[1]} numbers each")
 
 

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any, TypeVar
 
 from triderm_dist.config.experiment import Experiment, Extensible, RunReader
@@ -18,9 +17,10 @@ from triderm_dist.config.saving import CONFIG_FILE, SAVED, SAVED_END
 from triderm_dist.config.shipped_files import find_file
 from triderm_dist.files import why_no_folder
 from triderm_dist.runtime.messages import one_line
+from triderm_dist.runtime.plugins import IMPORTED, explain_plugin_error
 from triderm_dist.runtime.redact import restore_urls
 from triderm_dist.schema import ConfigError
-from triderm_dist.settings import NULL, Plain, Tree, merge, read_mapping, read_override, typed, validate
+from triderm_dist.settings import NULL, Plain, Section, Tree, merge, read_mapping, read_override, typed, validate
 
 RunTree = TypeVar("RunTree", bound=Experiment)
 
@@ -60,6 +60,8 @@ def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
     their secrets are completed from `TRIDERM_URLS`. Raises ConfigError as `load` does, and for a plugin that cannot be
     imported.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Section)):
+        raise ConfigError(f"the class Settings of a plugin is no subclass of triderm_dist.settings.Section ({kind!r})")
     raw = restore_urls(raw)
     if issubclass(kind, Extensible):
         import_plugins(raw.get("plugins"))
@@ -72,6 +74,7 @@ def import_plugins(names: Any) -> None:
     for name in names if isinstance(names, list | tuple) else ():
         path = Path(str(name)).expanduser().absolute()
         module = _plugin_module(path) if path.suffix == ".py" else str(name)
+        IMPORTED[module] = str(name)
         if module in sys.modules:
             continue
         try:
@@ -83,10 +86,9 @@ def import_plugins(names: Any) -> None:
             sys.modules[module] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[module])
         except Exception as error:  # a user's file may raise any type
+            text = explain_plugin_error(error) or f"{name}: {one_line(error, with_type=True)}"
             sys.modules.pop(module, None)
-            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
-            where = f"{name}, line {lines[-1]}" if lines else name
-            raise ConfigError(f"plugins: {where}: {one_line(error, with_type=True)}") from error
+            raise ConfigError(f"plugins: {text}") from error
 
 
 def _plugin_module(path: Path) -> str:

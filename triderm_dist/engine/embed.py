@@ -15,7 +15,7 @@ from triderm_dist.distributed.collectives import interrupt_on_lost_rank, on_main
 from triderm_dist.engine.fold import check_run_task, model_config
 from triderm_dist.engine.token_extraction import PLAIN
 from triderm_dist.engine.views import open_views
-from triderm_dist.models.tower_record import FOLDER, find_tower
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
 
 
 def frozen_model(model: ModelConfig) -> ModelConfig:
@@ -24,8 +24,8 @@ def frozen_model(model: ModelConfig) -> ModelConfig:
 
 
 @interrupt_on_lost_rank()
-def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
-    """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
+def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> tuple[np.ndarray, TowerRecord]:
+    """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache, and the tower.
 
     Uses the tower in OUTPUT/towers with these settings if there is one; else builds it from its source and stores it
     there. Call on all ranks. Raises DataError if the run has folds of another task than that of `index`.
@@ -44,4 +44,4 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
         for rows in cache.parts(chunk):
             for view in range(num_views):
                 result[rows, view] = cache.numbers(rows, view, PLAIN).mean(axis=1, dtype=np.float32)
-    return result.reshape(len(index), -1)
+    return result.reshape(len(index), -1), views.tower

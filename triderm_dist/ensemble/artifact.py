@@ -65,6 +65,7 @@ class EnsembleKeys(BaseModel):
     tau: float | None
     diagnoses: list[str]
     files: dict[str, str] = {}
+    embeddings_of: str = ""
 
 
 class FitKeys(EnsembleKeys):

@@ -50,7 +50,7 @@ from triderm_dist.ensemble.run_files import (
 )
 from triderm_dist.ensemble.sampling import search_rows
 from triderm_dist.ensemble.score_table import TITLES, ScoreRow, ScoreTable
-from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
+from triderm_dist.ensemble.stack_inputs import base_columns, column_names, embedding_tower, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.stacker_process import run_in_child
 from triderm_dist.ensemble.weights import Choice, Fitting, NestedEstimate, fit_candidates, nested_estimate
@@ -133,6 +133,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         bootstrap=config.ensemble.bootstrap,
         notes=notes,
         files={path.name: file_sha256(path) for path in files if path.exists()},
+        **({"embeddings_of": embedding_tower(run_folder).record} if stacker and stacker.extra == "embeddings" else {}),
     )
     return Fit(rows, chosen, table.task.decision, notes, len(table))
 

@@ -259,6 +259,8 @@ def fit_stacker(
         source, indices = reduction(columns), np.arange(len(rows))
         rows = replace(rows, source=source, indices=indices, names=names, extra="", wide=0)
     model = kind.fit(rows, settings, seed=seed, cores=cores, fold_stackers=[stacker.model for stacker in fold_stackers])
+    if not isinstance(model, kind):
+        raise ConfigError(f"stack.kind: fit of {config.kind!r} returned {type(model).__name__}, not a {kind.__name__}")
     return FittedStacker(
         kind=config.kind,
         model=model,

@@ -13,7 +13,7 @@ import numpy as np
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import fitted_stacker
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, check_same_fit, read_artifact, read_task
+from triderm_dist.ensemble.artifact import Ensemble, EnsembleKeys, FitKeys, check_same_fit, read_artifact, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import (
@@ -25,7 +25,7 @@ from triderm_dist.ensemble.run_files import (
     STACKER,
     STACKER_FILES,
 )
-from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
+from triderm_dist.ensemble.stack_inputs import column_names, embedding_tower, embeddings_path, stacker_columns
 from triderm_dist.predictions import (
     TEST,
     OofTable,
@@ -184,11 +184,15 @@ class FittedEnsemble:
 
     @cached_property
     def stacker(self) -> FittedStacker | None:
-        """None if it is not a member. Raises DataError if stack.json is missing, or of another fit."""
+        """None if it is not a member. Raises DataError if stack.json is missing or of another fit, or if the embeddings
+        that it reads are by another tower.
+        """
         if STACKER not in self.members:
             return None
         stacker = FittedStacker.load(self.folder / STACK_FILE)
         check_same_fit(self.folder, *STACKER_FILES)
+        if stacker.extra == "embeddings":
+            check_embeddings(self.folder)
         return stacker
 
     def predict(
@@ -241,6 +245,19 @@ def check_ensemble_task(run_folder: Path, task: Task) -> None:
                 + (", described differently" if other.name == task.name else "")
                 + "; run triderm stack again"
             )
+
+
+def check_embeddings(run_folder: Path) -> None:
+    """Raise DataError if the run's embeddings are by another tower than those that the stacker was fitted on.
+
+    Earlier versions did not record it.
+    """
+    fitted_on = read_artifact(run_folder / ENSEMBLE_FILE, schema=EnsembleKeys).get("embeddings_of")
+    if fitted_on and embedding_tower(run_folder).record != fitted_on:
+        raise DataError(
+            f"{embeddings_path(run_folder, 'train')}: by another tower than the embeddings that the stacker was fitted "
+            "on; run triderm stack again"
+        )
 
 
 def check_weights(run_folder: Path, used: Iterable[tuple[str, Iterable[str]]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,13 @@ from triderm_dist.schema import DataError
 
 MIN_LOG_PROBABILITY = -20.0
 """Lower bound of log-probabilities, so that columns stay finite; a stacker cannot use smaller ones."""
+
+
+class EmbeddingTower(NamedTuple):
+    """The tower of embeddings.  record: the name of its record in RUN/towers; "" in files of earlier versions."""
+
+    source: str
+    record: str
 
 
 def stacker_columns(
@@ -42,13 +50,11 @@ def stacker_columns(
         block = embeddings
     elif extra == "embeddings":
         block, tower = read_embeddings(embeddings_path(run_folder, "test" if is_test else "train"), table.lesion_ids)
-        if is_test:
-            _, train_tower = read_embeddings(embeddings_path(run_folder, "train"), [])
-            if tower != train_tower:
-                raise DataError(
-                    f"{run_folder}: the test embeddings come from {tower}, the training embeddings from {train_tower}; "
-                    "run triderm embed again"
-                )
+        if is_test and tower != embedding_tower(run_folder):
+            raise DataError(
+                f"{run_folder}: the embeddings of the test set and of training are by two towers; run triderm embed "
+                "again"
+            )
     elif extra == "features":
         alignments = load_alignments(run_folder / ALIGNMENTS_FILE)
         if is_test:
@@ -111,17 +117,22 @@ def embeddings_path(run_folder: Path, split: str) -> Path:
     return run_folder / f"embeddings.{split}.parquet"
 
 
-def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, source: str) -> None:
-    """Write (N, E) embeddings of lesions by the tower `source`, atomically."""
+def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, tower: EmbeddingTower) -> None:
+    """Write (N, E) embeddings of lesions by a tower, atomically."""
     import pyarrow as pa
 
     flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
     lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     table = pa.table({"lesion_id": pa.array(list(lesion_ids), pa.string()), "columns": lists})
-    write_checked_parquet(path, table, {b"tower": source.encode()})
+    write_checked_parquet(path, table, {b"tower": tower.source.encode(), b"record": tower.record.encode()})
 
 
-def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple[np.ndarray, str]:
+def embedding_tower(run_folder: Path) -> EmbeddingTower:
+    """Return the tower of a run's embeddings. Raises DataError if it has none."""
+    return read_embeddings(embeddings_path(run_folder, "train"), [])[1]
+
+
+def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple[np.ndarray, EmbeddingTower]:
     """Return ((N, E) float32 in the order of `lesion_ids`, tower).
 
     Raises DataError naming the file, or a lesion that it lacks.
@@ -130,7 +141,8 @@ def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple
         table = read_checked_parquet(path, kinds={"lesion_id": "text", "columns": "lists"})
         rows = rows_of(lesion_ids, table["lesion_id"].to_pylist())
         values = matrix_of(table, "columns")
-        source = (table.schema.metadata or {})[b"tower"].decode()
+        about = table.schema.metadata or {}
+        tower = EmbeddingTower(about[b"tower"].decode(), about.get(b"record", b"").decode())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm embed first") from None
     except DamagedFile as error:
@@ -139,4 +151,4 @@ def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple
         raise DataError(f"{path}: not a file of embeddings; run triderm embed again") from None
     if (absent := np.flatnonzero(rows < 0)).size:
         raise DataError(f"{path}: has no lesion {lesion_ids[absent[0]]}; run triderm embed again")
-    return np.asarray(values[rows], np.float32), source
+    return np.asarray(values[rows], np.float32), tower

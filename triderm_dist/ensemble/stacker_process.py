@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from triderm_dist.runtime.plugins import explain_plugin_error
 from triderm_dist.runtime.usage import add_child_peak, own_peak_mb
 from triderm_dist.schema import InputError
 
@@ -36,8 +37,16 @@ def run_in_child(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _with_peak_memory(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
-    """Return the result of `function`, and the peak memory of this process in MiB."""
-    return function(*arguments), own_peak_mb()
+    """Return the result of `function`, and the peak memory of this process in MiB.
+
+    Raises InputError for an exception of a plugin, whose traceback does not reach the other process.
+    """
+    try:
+        return function(*arguments), own_peak_mb()
+    except Exception as error:
+        if isinstance(error, InputError) or (line := explain_plugin_error(error)) is None:
+            raise
+        raise InputError(line) from None
 
 
 def set_passive_openmp() -> None:

@@ -19,12 +19,12 @@ from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.network_files import load_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import open_tower
-from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings
+from triderm_dist.ensemble.stack_inputs import embedding_tower, embeddings_path
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower
 from triderm_dist.models.network import SHARED, Network
-from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, read_tower
 from triderm_dist.models.towers import Tower
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError
@@ -200,14 +200,15 @@ def embedding_model(run: RunFolder) -> tuple[ModelConfig, TowerRecord | None]:
 
     Raises DataError if no model of the run has that tower.
     """
+    source, name = embedding_tower(run.path)
+    record = read_tower(run.path / FOLDER, name) if name else None
+    for model in run.experiment.models.values():
+        if record.is_of(model.tower) if record else model.tower.source == source:
+            return frozen_model(model), record or find_tower(run.path / FOLDER, model.tower, True)
     path = embeddings_path(run.path, "train")
-    source = read_embeddings(path, [])[1]
-    model = next((model for model in run.experiment.models.values() if model.tower.source == source), None)
-    if model is None:
-        raise DataError(
-            f"{path}: was written by the tower {source}, which no model of the run has; run triderm embed again"
-        )
-    return frozen_model(model), find_tower(run.path / FOLDER, model.tower, True)
+    raise DataError(
+        f"{path}: was written by the tower {source}, which no model of the run has; run triderm embed again"
+    )
 
 
 def split_common(networks: Sequence[Network], views: Sequence[str]) -> dict[str, nn.Module]:

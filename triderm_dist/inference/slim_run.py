@@ -24,7 +24,7 @@ from triderm_dist.ensemble.fitted_stacker import model_path
 from triderm_dist.ensemble.model_card import CARD_FILE, card_text
 from triderm_dist.ensemble.predict import check_weights
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, NESTED_FILE, STACK_FILE
-from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
+from triderm_dist.ensemble.stack_inputs import EmbeddingTower, embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.environment import ENVIRONMENT_FILE
 from triderm_dist.files import atomic_path, copy_file, file_sha256, write_text
 from triderm_dist.inference.networks import embedding_model
@@ -102,11 +102,12 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
 
 
 def _write_embedding(run: RunFolder, folder: Path) -> None:
-    """Write the tower whose embeddings the stacker reads, and its name in a table of no lesions."""
-    values, source = read_embeddings(embeddings_path(run.path, "train"), [])
-    write_embeddings(embeddings_path(folder, "train"), [], values, source)
+    """Write the tower whose embeddings the stacker reads, and name it in a table of no lesions."""
+    values, named = read_embeddings(embeddings_path(run.path, "train"), [])
     with torch.random.fork_rng(devices=[]):
-        save_tower(folder / tower_record.FOLDER, *open_tower(run.experiment, *embedding_model(run)))
+        record, tower = open_tower(run.experiment, *embedding_model(run))
+    save_tower(folder / tower_record.FOLDER, record, tower)
+    write_embeddings(embeddings_path(folder, "train"), [], values, EmbeddingTower(named.source, record.name))
 
 
 def _write_settings(run: Experiment, folder: Path) -> None:

@@ -91,4 +91,11 @@ def build_network(config: ModelConfig, signature: Signature, towers: Sequence[To
     has none of the inputs in `config.use`.
     """
     check_network(config)
-    return network_class(config.kind)(config, signature, towers)
+    network = network_class(config.kind)(config, signature, towers)
+    stages = network.fusion_stages()
+    if not isinstance(stages, list) or not all(hasattr(stage, "named_modules") for stage in stages):
+        raise ConfigError(
+            f"models.NAME.kind: fusion_stages of the network {config.kind!r} returned a {type(stages).__name__}, not a "
+            "list of modules; return [] for none"
+        )
+    return network

@@ -123,6 +123,7 @@ class Network(nn.Module, ABC):
             return Outputs(outputs.logits, outputs.aux_clinical, outputs.aux_dermoscopic, outputs.features)
         if self.fine_head is None:
             return outputs
+        self._check_fine(outputs)
         return FineOutputs(*outputs, self.fine_head(outputs.features))
 
     def add_fine_head(self, labels: int) -> None:
@@ -265,6 +266,17 @@ class Network(nn.Module, ABC):
                 raise ConfigError(f"{where} {name}, {described(logits)}, not a tensor (B, {diagnoses})")
         if not isinstance(outputs.features, Tensor) or outputs.features.ndim != 2:
             raise ConfigError(f"{where} features, {described(outputs.features)}, not a tensor (B, D)")
+
+    def _check_fine(self, outputs: Outputs) -> None:
+        """Raise ConfigError for outputs that do not allow a head of finer labels."""
+        where = f"train.loss.fine_weight: fuse of the network {self.config.kind!r} returned"
+        if further := outputs._fields[len(Outputs._fields) :]:
+            raise ConfigError(f"{where} {further[0]} besides Outputs, which excludes finer labels; set it to 0")
+        if (width := outputs.features.shape[1]) != self.config.width:
+            raise ConfigError(
+                f"{where} features of width {width}, and finer labels need those of models.NAME.width, "
+                f"{self.config.width}; set it to 0"
+            )
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triderm_dist.models.light_imports import import_timm
 from triderm_dist.models.open_clip_tower import (
@@ -31,6 +35,7 @@ from triderm_dist.models.tower import (
     tower_hash,
 )
 from triderm_dist.models.weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, existing_weights, read_weight_file
+from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError
 
 __all__ = [
@@ -96,7 +101,33 @@ def build_tower(
     """
     kind, name = parse_source(source)
     import_timm()
-    return kind.build(name, TowerOptions(pretrained, image_size, quick_gelu))
+    tower = kind.build(name, TowerOptions(pretrained, image_size, quick_gelu))
+    if not kind.build.__module__.startswith("triderm_dist."):
+        _check_tower(tower, f"tower.source: build of {source!r} returned")
+    return tower
+
+
+def _check_tower(tower: object, where: str) -> None:
+    """Raise ConfigError unless what a plugin returned is a tower with tokens of the shape that it states."""
+    if not isinstance(tower, Tower):
+        raise ConfigError(f"{where} a {type(tower).__name__}, not a Tower")
+    side, triples = tower.image_size, (tower.mean, tower.std)
+    if not isinstance(side, int) or not all(isinstance(each, Sequence) and len(each) == 3 for each in triples):
+        raise ConfigError(
+            f"{where} a Tower whose image_size is no int, or whose mean and std are not three numbers each"
+        )
+    tower.eval()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # computes shapes only
+            shape = tuple(tower(torch.empty(1, 3, side, side)).shape)
+    except Exception as error:  # a user's modules may raise any type
+        text = one_line(error, 200, with_type=True)
+        raise ConfigError(f"{where} a Tower that fails on photos of {side} x {side} pixels: {text}") from None
+    tower.train()
+    if shape != (1, *tower.token_shape):
+        raise ConfigError(
+            f"{where} a Tower with tokens {shape} instead of (1, num_tokens, width) = {(1, *tower.token_shape)}"
+        )
 
 
 def locate_weights(source: str, pretrained: bool = True) -> WeightsLocation:
@@ -113,7 +144,9 @@ def parse_source(source: str) -> tuple[TowerSource, str]:
     """Split PREFIX:NAME into the entry of `TOWER_SOURCES` and NAME. Raises ConfigError for an unknown source."""
     prefix, colon, name = source.partition(":")
     if colon and prefix in TOWER_SOURCES:
-        return TOWER_SOURCES[prefix], name
+        if not isinstance(kind := TOWER_SOURCES[prefix], TowerSource):
+            raise ConfigError(f"tower.source: TOWER_SOURCES holds no TowerSource under {prefix!r}")
+        return kind, name
     if Path(source).suffix in WEIGHT_SUFFIXES or source.endswith(INDEX_SUFFIX):
         return TOWER_SOURCES[PANDERM], source
     known = ", ".join(kind.form for kind in TOWER_SOURCES.values())

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from triderm_dist.runtime.messages import one_line
+from triderm_dist.runtime.plugins import explain_plugin_error
 from triderm_dist.runtime.signals import SIGNALS, end_with_parent, handle_signals, raise_stopped
 from triderm_dist.runtime.usage import add_child_peak, own_peak_mb
 from triderm_dist.schema import Busy, InputError
@@ -244,6 +245,8 @@ def _explained(error: Exception) -> Failure:
     """Return the failure of an exception; one that is not of the input or the system is printed whole."""
     if isinstance(error, InputError | Busy):
         return Failure(one_line(error), is_final=True)
+    if line := explain_plugin_error(error):
+        return Failure(line, is_final=True)
     if not isinstance(error, OSError | MemoryError):
         traceback.print_exc()
     return Failure(one_line(error, with_type=True))

@@ -28,6 +28,8 @@ LEAST_ROWS = 4
 """Rows per word, on average, of a column of which each word has one diagnosis only, to take that for no chance."""
 MIN_COUNTED = 20
 """Rows above which numbers that occur once each, without a gap, are taken for a running number."""
+IMBALANCE = 3
+"""How many times as many rows the most frequent diagnosis has as the rarest, above which decisions are fitted."""
 MAX_WORDS = 3
 """Texts that are no numbers in a column of numbers, which may mean a missing value."""
 _LIKELY = {
@@ -38,7 +40,7 @@ _LIKELY = {
 """Regular expressions for column names (case-insensitive), the most likely first."""
 _NOT_INPUTS = re.compile(
     r"(^|_)(dx|diag\w*|histo(log\w*|path\w*)?|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|"
-    r"score|difficulty|notes?)($|_)",
+    r"score|difficulty|notes?|comments?|remarks?|bemerkung(en)?|kommentare?)($|_)",
     re.IGNORECASE,
 )
 """Columns that follow from the diagnosis or are written after it, which would leak the label."""
@@ -47,11 +49,11 @@ _DERMOSCOPIC, _CLINICAL = (
     re.compile("clin|klin|close|nah|ma[ck]ro|phone|camera|kamera|overview|übersicht", re.IGNORECASE),
 )
 _MALIGNANT = re.compile(
-    r"mel|melanoma.*|bcc|basal.?cell.*|scc|sccka|squamous.*|akiec|ack?|actinic.?keratosis|.*malignan.*|.*carcinoma.*",
+    r"mel|melanoma.*|bcc|basal.?cell.*|scc|sccka|squamous.*|akiec|ack?|actinic.?keratosis|.*malign.*|.*carcinoma.*|bösartig",
     re.IGNORECASE,
 )
 _BENIGN = re.compile(
-    r"nv|nev|n(a?)ev(us|i)|.*n(a?)ev(us|i)|bkl|sk|sek|seborr\w*.*|df|dermatofibroma|vasc|vascular.*|benign.*|lentigo",
+    r"nv|nev|n(a?)ev(us|i)|.*n(a?)ev(us|i)|bkl|sk|sek|seborr\w*.*|df|dermatofibroma|vasc|vascular.*|benign.*|gutartig|lentigo",
     re.IGNORECASE,
 )
 
@@ -101,7 +103,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
     what = "row" if len(images) == 2 else "photo"
     columns = _identifying_columns(table, unused, given, what, several_views=bool(view) or len(images) == 2)
-    diagnosis, diagnoses = _diagnoses(table, unused, given)
+    diagnosis, counts = _diagnoses(table, unused, given)
     finer = {name for name in unused if diagnosis and _implies_diagnosis(table, name, diagnosis)}
     plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
     name = re.sub(r"[^a-z0-9_]+", "_", plain.lower()).strip("_")
@@ -111,7 +113,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         "",
         "# name: in results; title: in reports; words: in the table, several to merge; malignant: true, false or null",
         "diagnoses:",
-        *diagnoses,
+        *_diagnosis_lines(counts),
         "",
         "views:",
         *views,
@@ -125,8 +127,8 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         f"  diagnosis: {_text(diagnosis)}" + ("" if diagnosis else " # one column of zeros and ones each"),
         columns["group"],
         "",
-        "# argmax, threshold (each p > 0.5) or fitted (thresholds fitted on out-of-fold predictions)",
-        "decision: argmax",
+        "# argmax (the most probable), fitted (one, by thresholds fitted out of fold), threshold (each above its own)",
+        _decision_line(counts),
     ]
     return "\n".join([*lines, ""])
 
@@ -277,13 +279,22 @@ def _views_of_rows(unused: dict[str, _Column], texts: str, given: str | None) ->
     return None, ["  - {name: dermoscopic, title: dermoscopy} # CHECK: or clinical"]
 
 
-def _diagnoses(table: Table, unused: dict[str, _Column], given: Mapping[str, str]) -> tuple[str | None, list[str]]:
-    """Remove the column(s) of diagnoses from `unused`; return its name, None for one-hot columns, and YAML lines."""
+def _decision_line(counts: Mapping[str, int]) -> str:
+    """Return the YAML line of the decision: `fitted` where a diagnosis is rare, and so seldom the most probable."""
+    rarest = min(counts, key=lambda word: counts[word])
+    most, fewest, rows = max(counts.values()), counts[rarest], sum(counts.values())
+    if most > IMBALANCE * fewest:
+        return f"decision: fitted # since {_text(rarest)} ({fewest} of {rows} rows) would seldom be the most probable"
+    return "decision: argmax # since no diagnosis is much rarer than another"
+
+
+def _diagnoses(table: Table, unused: dict[str, _Column], given: Mapping[str, str]) -> tuple[str | None, dict[str, int]]:
+    """Remove the column(s) of diagnoses from `unused`; return its name, None for one-hot columns, and {word: rows}."""
     for name in [given["diagnosis"]] if "diagnosis" in given else _likely(unused, "diagnosis"):
         words = unused[name].counts
         if 2 <= len(words) <= MAX_DIAGNOSES:
             del unused[name]
-            return name, _diagnosis_lines(words)
+            return name, dict(words)
     truth = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
     binary = [
         name
@@ -296,7 +307,7 @@ def _diagnoses(table: Table, unused: dict[str, _Column], given: Mapping[str, str
             counts = {name: sum(n for word, n in unused[name].counts.items() if truth[word.lower()]) for name in binary}
             for name in binary:
                 del unused[name]
-            return None, _diagnosis_lines(counts)
+            return None, counts
     likely = [
         name for name, column in unused.items() if 2 <= len(column.counts) <= MAX_DIAGNOSES and not column.numbers
     ]
@@ -388,7 +399,7 @@ def _fields(unused: Mapping[str, _Column], finer: set[str]) -> tuple[list[str], 
             keys |= {"unit": "years"} if name.startswith("age") else {}
             seen = f"{min(column.numbers):g} to {max(column.numbers):g} in {counts.total()} rows"
             fields += _entry(keys, seen)
-        elif len(counts) <= MAX_CATEGORIES and 2 * len(counts) <= counts.total():
+        elif len(counts) <= MAX_CATEGORIES and 2 * len(counts) <= counts.total() and not _misspelled_numbers(counts):
             fields += _entry(keys | {"kind": "category"}, "", _categories(counts))
         else:
             not_used.append(f"#   {column.name}: {_why_no_field(counts)}")
@@ -403,10 +414,16 @@ def _is_running_number(column: _Column) -> bool:
     return len(numbers) == rows > MIN_COUNTED and numbers == [numbers[0] + at for at in range(rows)]
 
 
+def _misspelled_numbers(counts: Counter[str]) -> list[str]:
+    """Return the few words among more than 8 numbers that keep a column from being one of numbers; [] if it is none."""
+    words = [text for text in counts if parse_number(text.removesuffix("+")) is None]
+    few = len(words) <= MAX_WORDS and sum(counts[word] for word in words) < counts.total() / 2
+    return words if few and len(counts) - len(words) > 8 else []
+
+
 def _why_no_field(counts: Counter[str]) -> str:
     """Say why a column is neither numbers nor a few categories."""
-    words = [text for text in counts if parse_number(text.removesuffix("+")) is None]
-    if len(words) <= MAX_WORDS and sum(counts[word] for word in words) < counts.total() / 2:
+    if words := _misspelled_numbers(counts):
         return f"numbers apart from {', '.join(map(json.dumps, words))}; a field, if these are listed in missing_words"
     return f"{len(counts)} different texts"
 
