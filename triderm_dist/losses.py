@@ -410,8 +410,6 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
     check_known("train.loss.terms", name, LOSS_TERMS, "a loss term")
     kind = LOSS_TERMS[name]
     check_subclass("train.loss.terms", name, kind, LossTerm, "LOSS_TERMS")
-    if kind.per_lesion is LossTerm.per_lesion:
-        raise ConfigError(f"train.loss.terms.{name}: {kind.__name__} has no method per_lesion")
     try:
         term = kind(build(kind.Settings, settings), class_counts)
     except ConfigError as error:
@@ -421,6 +419,8 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
             f"train.loss.terms.{name}: no optimizer trains its parameter {trained[0]}; make it a buffer, or train it "
             "in a network"
         )
+    if kind.per_lesion is LossTerm.per_lesion:
+        raise ConfigError(f"train.loss.terms.{name}: {kind.__name__} has no method per_lesion")
     return term
 
 

@@ -187,7 +187,7 @@ def build_augmentations(config: AugmentConfig) -> dict[str, Augmentation]:
         check_known("train.augment.extra", name, AUGMENTATIONS, "an augmentation")
         kind = AUGMENTATIONS[name]
         check_subclass("train.augment.extra", name, kind, Augmentation, "AUGMENTATIONS")
-        if kind.__call__ is Augmentation.__call__:
+        if kind.__call__ is Augmentation.__call__ and kind.of_view is Augmentation.of_view:
             raise ConfigError(f"train.augment.extra.{name}: {kind.__name__} has no method __call__")
         try:
             built[name] = build(kind, settings)
