@@ -44,6 +44,15 @@ def estimate(network: Network, *, half: bool = False, ranks: int = 1, strategy: 
     return MemoryEstimate(network, settings, half, ranks, strategy)
 
 
+def test_estimates_of_one_network_keep_their_settings_apart() -> None:
+    """They share what is simulated; those of new networks share nothing."""
+    network = network_of(model())
+    settings: list[dict[str, Any]] = [{}, {"half": True}, {"activation_checkpointing": True}, {"strategy": "ddp"}]
+    totals = [estimate(network, **each).total(8) for each in settings]
+    assert totals == [estimate(network_of(model()), **each).total(8) for each in settings]
+    assert len({*totals}) == len(totals)
+
+
 def real_step(network: Network, lesions: int, kept: bool) -> int:
     """Return the peak of a forward and backward pass on this device, as `_LiveBytes` counts it."""
     use_lesion_masks(network)
