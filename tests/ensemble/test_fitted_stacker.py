@@ -232,3 +232,13 @@ def test_stacker_whose_fit_returns_nothing_is_refused(table: OofTable, monkeypat
     )
     with pytest.raises(ConfigError, match="fit of 'nothing' returned NoneType, not a Nothing"):
         fit_stacker(training_rows(table), StackConfig(kind="nothing"))
+
+
+def test_save_of_a_stacker_that_returns_no_mapping_is_refused(
+    table: OofTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("Silent", (PriorStacker,), {"save": lambda self, path: None})
+    monkeypatch.setitem(STACKERS, "silent", kind)
+    stacker = fit_stacker(training_rows(table), StackConfig(kind="silent"))
+    with pytest.raises(ConfigError, match="save of 'silent' returned a NoneType, not a mapping"):
+        stacker.save(tmp_path / "stack.json", milk10k_task())

@@ -1,11 +1,15 @@
 """The page in a browser: widths, print, dark mode, keyboard, accessibility, and its text against its tables."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.browser import DESKTOP, PHONE, TABLET, opened, printed_problems, problems, violations
+from triderm_dist.report import page
+from triderm_dist.report.content import Content
+from triderm_dist.report.elements import Section
+from triderm_dist.schema import ConfigError
 
 
 @pytest.mark.parametrize("width", [PHONE, TABLET, DESKTOP])
@@ -38,3 +42,13 @@ def test_page_of_any_task(browser: Any, clinic: Path) -> None:
 
 def test_page_is_small(run: Path) -> None:
     assert (run / "report.html").stat().st_size < 5e6
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [(lambda content: "text", "<lambda> of SECTIONS returned a str"), (Section("One"), "SECTIONS holds a Section")],
+)
+def test_entry_that_builds_no_section_is_refused(entry: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "SECTIONS", [entry])
+    with pytest.raises(ConfigError, match=message):
+        page.sections_of(cast(Content, None))

@@ -11,6 +11,7 @@ import pytest
 from triderm_dist.report.elements import Column, Figure, Row, Section, Table
 from triderm_dist.report.render import write_page
 from triderm_dist.report.style import BLUE, INK, PLOTS_IN_ROW, STYLE, WIDE, panel_title, panels
+from triderm_dist.schema import ConfigError
 
 
 def draw(figure: Any) -> None:
@@ -89,7 +90,7 @@ def test_files_of_an_earlier_page_are_removed_and_others_kept(tmp_path: Path) ->
 
 
 def test_equal_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the same name"):
+    with pytest.raises(ConfigError, match="the same name"):
         write_page(tmp_path / "page.html", tmp_path, "t", [SECTION, SECTION])
 
 

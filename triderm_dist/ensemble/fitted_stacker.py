@@ -5,7 +5,7 @@ Shapes: N rows, F columns as given, W of them wide, F' columns after the reducti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from triderm_dist.files import file_sha256
 from triderm_dist.runtime.extras import require
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError, Task
-from triderm_dist.schema.plugins import check_known, check_subclass
+from triderm_dist.schema.plugins import check_known, check_subclass, described
 from triderm_dist.settings import Section
 
 FORMAT = "triderm-stacker"
@@ -150,6 +150,8 @@ class FittedStacker:
             part = np.asarray(self.model.predict(self.reduce(batch)))
             if part.shape != (expected := (len(indices), len(self.diagnoses))):
                 raise DataError(f"the stacker {self.kind} predicted shape {part.shape}, not {expected}")
+            if part.dtype.kind not in "fiub":
+                raise DataError(f"the stacker {self.kind} predicted {part.dtype}, not numbers")
             probabilities[done : done + len(indices)] = part
             done += len(indices)
         probabilities[:, [name in self.absent for name in self.diagnoses]] = 0.0
@@ -175,6 +177,11 @@ class FittedStacker:
         remove_stacker(path)  # of an earlier fit
         model_file = model_path(path, type(self.model))
         description = self.model.save(model_file)
+        if not isinstance(description, Mapping):
+            raise ConfigError(
+                f"stack.kind: save of {self.kind!r} returned {described(description)}, not a mapping of JSON values; "
+                "return {} for none"
+            )
         if self.reduction is not None:
             tensors = {"mean": self.reduction.mean, "axes": self.reduction.axes}
             write_checked_tensors(path.with_suffix(".safetensors"), tensors)

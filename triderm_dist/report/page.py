@@ -9,6 +9,7 @@ from triderm_dist.report.content import Attend, Content
 from triderm_dist.report.elements import Section
 from triderm_dist.report.render import write_page
 from triderm_dist.report.sections import SECTIONS
+from triderm_dist.schema import ConfigError
 
 
 def write_report(
@@ -26,5 +27,15 @@ def write_report(
 
 
 def sections_of(content: Content) -> list[Section]:
-    """Return the sections that have something to show."""
-    return [section for build in SECTIONS if (section := build(content)) is not None]
+    """Return the sections that have something to show. Raises ConfigError for an entry of a plugin that builds none."""
+    sections = []
+    for build in SECTIONS:
+        if not callable(build):
+            raise ConfigError(f"SECTIONS holds a {type(build).__name__}, not a function that returns a Section")
+        if (section := build(content)) is None:
+            continue
+        if not isinstance(section, Section):
+            name = getattr(build, "__name__", type(build).__name__)
+            raise ConfigError(f"{name} of SECTIONS returned a {type(section).__name__}, not a Section or None")
+        sections.append(section)
+    return sections

@@ -15,6 +15,7 @@ from typing import Any
 from triderm_dist.files import NEW_FILE, atomic_path, write_text
 from triderm_dist.report.elements import Figure, Section, Table, interval_text, part_text, shown
 from triderm_dist.report.style import STYLE, THEMED, register_colors
+from triderm_dist.schema import ConfigError
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTENTS = "contents.csv"
@@ -49,7 +50,10 @@ def write_page(page: Path, files: Path, title: str, sections: Sequence[Section],
     figures = [figure for section in sections for figure in section.figures]
     names = [*(table.name for table in tables), *(figure.name for figure in figures)]
     if len(set(names)) < len(names):
-        raise ValueError(f"two tables or figures have the same name: {sorted(names)}")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(
+            f"two tables or figures of the report have the same name, {twice!r}; change that of the plugin"
+        )
     files.mkdir(parents=True, exist_ok=True)
     pictures = _draw(figures, files, mode)
     for table in tables:
