@@ -81,7 +81,7 @@ def test_metadata_is_complete(wheel):
         metadata.get_all("Classifier")
     )
     assert set(metadata.get_all("Provides-Extra")) >= {*EXTRA_OF.values(), "all", "dev", "docs"}
-    assert metadata["Description-Content-Type"] == "text/markdown" and "## Install" in metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown" and "## Quick start" in metadata.get_payload()
 
 
 def test_source_distribution_holds_all_files_and_builds_the_same_wheel(wheel, tmp_path):

@@ -10,7 +10,7 @@ from triderm_dist import metrics
 from triderm_dist.ensemble.alignment import fit_alignments, load_alignments, save_alignments
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.predict import FittedEnsemble
-from triderm_dist.ensemble.stack_inputs import embeddings_path, write_embeddings
+from triderm_dist.ensemble.stack_inputs import EmbeddingTower, embeddings_path, write_embeddings
 from triderm_dist.predictions import (
     DataSplit,
     Predictions,
@@ -81,7 +81,7 @@ def test_extra_columns_that_improve_the_score_are_used_on_a_test_set(tmp_path: P
     labels = write_rotated_run(tmp_path)
     ids = [f"lesion-{row:04d}" for row in range(len(labels))]
     noise = np.random.default_rng(0).normal(size=(len(labels), 20))
-    write_embeddings(embeddings_path(tmp_path, "train"), ids[::-1], noise, "a tower")
+    write_embeddings(embeddings_path(tmp_path, "train"), ids[::-1], noise, EmbeddingTower("timm:a", "0a"))
     fit = fit_ensemble(tmp_path, experiment(tmp_path, extra=("embeddings", "features"), components=6, max_rounds=15))
     assert any("features are kept" in note for note in fit.notes)
     assert (tmp_path / "turns.safetensors").exists() and (tmp_path / "stack.safetensors").exists()

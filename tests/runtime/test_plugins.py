@@ -35,10 +35,12 @@ TABLE = {"mine": Mine, "unfinished": Unfinished, "build": build}
 """
 
 
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    """The name of a plugin, and its table."""
-    path = tmp_path_factory.mktemp("plugin") / "my_plugin.py"
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict]:
+    """The name of the only plugin of this process, and its table."""
+    for other in list(IMPORTED):
+        monkeypatch.delitem(IMPORTED, other)
+    path = tmp_path / "my_plugin.py"
     path.write_text(PLUGIN)
     import_plugins([str(path)])
     (module,) = (module for module, name in IMPORTED.items() if name == str(path))
