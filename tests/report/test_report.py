@@ -15,15 +15,19 @@ from tests.synthetic_run import CLINIC
 from triderm_dist import metrics
 from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.ensemble.fit import fit_ensemble
+from triderm_dist.ensemble.thresholds import Rule
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import MIN_COMMON_LESIONS, Content
 from triderm_dist.report.elements import Figure, Share
 from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
+from triderm_dist.report.sections.ensemble import ensemble
+from triderm_dist.report.sections.head import head
 from triderm_dist.report.sections.malignancy import malignancy
+from triderm_dist.report.sections.manuscript import manuscript
 from triderm_dist.report.slices import GROUP
-from triderm_dist.report.wording import predicts_alone
+from triderm_dist.report.wording import RULES, predicts_alone
 from triderm_dist.schema import DIAGNOSES, DataError, Task
 
 
@@ -103,6 +107,17 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
     share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
     least = np.sort(share[np.arange(len(labels)), labels])[:20]
     np.testing.assert_allclose([lesion.label_probability for lesion in content.lesion_lists.hardest], least)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fitted_rule_is_described_wherever_decisions_are(rule: Rule, run: Path) -> None:
+    content = Content(run)
+    assert content.task.decision == "threshold"
+    content.ensemble = replace(content.ensemble, rule=rule)
+    opening, methods, members = head(content), manuscript(content), ensemble(content)
+    assert opening.values["rule"] == methods.values["rule"] == RULES[rule]
+    assert RULES[rule] in str(members.values["text"])
+    assert not [text for text in RULES.values() if text != RULES[rule] and text in str(members.values["text"])]
 
 
 def test_groups_are_numbered_in_the_order_of_their_names(run: Path) -> None:

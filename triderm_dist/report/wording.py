@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from triderm_dist.config import mean_of_seeds
 from triderm_dist.ensemble.run_files import STACKER
+from triderm_dist.ensemble.thresholds import Rule
 from triderm_dist.report.content import Content
 
-RULES = {
-    "argmax": "The most probable diagnosis of each lesion is predicted.",
-    "fitted": "One diagnosis is predicted for each lesion: the one whose probability is largest relative to its fitted "
-    "threshold.",
-    "threshold": "A diagnosis is predicted where its probability exceeds its threshold.",
+RULES: dict[Rule, str] = {
+    "any": "A diagnosis is predicted where its probability exceeds its threshold.",
+    "at_least_one": "A diagnosis is predicted where its probability exceeds its threshold; if none does, the one with "
+    "the largest ratio of probability to threshold.",
+    "nearest": "One diagnosis is predicted for each lesion: the one whose probability is largest relative to its "
+    "fitted threshold.",
 }
-"""The decisions of `schema.DECISIONS` in words."""
+"""The rules of `Ensemble.rule` in words."""
 
 SCORED_DECISIONS = {
     "argmax": "most probable diagnosis",
@@ -20,6 +22,13 @@ SCORED_DECISIONS = {
     "threshold": "each diagnosis with p > 0.5",
 }
 """What the macro F1 of a decision counts as predicted; a challenge's metric is called official instead."""
+
+
+def decision_rule(content: Content) -> str:
+    """Return the sentence that says which diagnoses are predicted for a lesion."""
+    if content.task.decision == "argmax":
+        return "The most probable diagnosis of each lesion is predicted."
+    return RULES[content.ensemble.rule]
 
 
 def scored_decision(content: Content) -> str:

@@ -11,15 +11,8 @@ from triderm_dist.report.content import Content
 from triderm_dist.report.contributions import Contributions
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
 from triderm_dist.report.style import BLUE, DIVERGING, FAINT, GRAY, MEDIUM, NARROW, SEQUENTIAL
-from triderm_dist.report.wording import RULES, predicts_alone
+from triderm_dist.report.wording import decision_rule, predicts_alone
 
-DECISIONS = {
-    "any": "A diagnosis is predicted where its probability exceeds its threshold.",
-    "at_least_one": "A diagnosis is predicted where its probability exceeds its threshold; if none does, the one with "
-    "the largest ratio of probability to threshold.",
-    "nearest": "Only the diagnosis with the largest ratio of probability to threshold is predicted.",
-}
-"""The rules of `Ensemble.rule` in words."""
 TOP_COLUMNS = 20
 TOP_PAIRS = 14
 """Columns of the stacker, and pairs of column and diagnosis, that a figure shows."""
@@ -72,7 +65,7 @@ def _choice(content: Content) -> list[Table]:
 def _rule(content: Content) -> str:
     fitted = content.ensemble
     if content.task.decision == "argmax":
-        return RULES["argmax"]
+        return decision_rule(content)
     if fitted.tau is not None:
         thresholds = (
             f"Thresholds are proportional to the share of each diagnosis to the power {fitted.tau:g}: logit "
@@ -85,7 +78,7 @@ def _rule(content: Content) -> str:
         )
     else:
         thresholds = "Thresholds are averages over resampled lesions, without shrinkage."
-    return f"{DECISIONS[fitted.rule]} {thresholds}"
+    return f"{decision_rule(content)} {thresholds}"
 
 
 def _weights(content: Content) -> Figure:

@@ -6,7 +6,7 @@ from triderm_dist.ensemble.run_files import ENSEMBLE, in_training
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Table
-from triderm_dist.report.wording import RULES, fitted_out_of_fold, scored_decision
+from triderm_dist.report.wording import decision_rule, fitted_out_of_fold, scored_decision
 from triderm_dist.runtime.terminal import counted
 
 NESTED, HELD_OUT = "out of fold, nested", "held-out test set"
@@ -40,7 +40,7 @@ def head(content: Content) -> Section:
             "held_out": HELD_OUT if held else "",
             "absent": absent,
             "in_training": in_training(held["in_training"], held["n"]) if held and held.get("in_training") else "",
-            "rule": RULES[content.task.decision],
+            "rule": decision_rule(content),
             "fitted_parts": fitted_out_of_fold(content),
             "best": best if best.nested.value > content.score.value else None,
         },

@@ -22,7 +22,7 @@ from triderm_dist.report.sections.missing_inputs import missing_inputs
 from triderm_dist.report.sections.operating_points import operating_points
 from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.slices import slices
-from triderm_dist.report.wording import RULES, fitted_out_of_fold, predicts_alone, scored_decision
+from triderm_dist.report.wording import decision_rule, fitted_out_of_fold, predicts_alone, scored_decision
 
 QUOTED: tuple[Callable[[Content], Section | None], ...] = (
     *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs, ensemble),
@@ -57,7 +57,7 @@ def manuscript(content: Content) -> Section:
         "alone": predicts_alone(content),
         "extra_sets": extra_sets(content.folder, content.networks),
         "transforms": content.transforms,
-        "rule": RULES[task.decision],
+        "rule": decision_rule(content),
         "measure": scored_decision(content),
         "fitted_parts": fitted_out_of_fold(content),
         "resamples": content.resamples,
