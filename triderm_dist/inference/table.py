@@ -180,13 +180,7 @@ class _Columns(ParsedColumns):
             name = self.task.columns.view
             raise DataError(f"{self.table.path}: column {name!r}, the view of each photo, is missing from the header")
         words = {word: self.task.view_names.index(view) for word, view in view_words(self.task).items()}
-
-        def parse(text: str) -> float:
-            if text.lower() not in words:
-                raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}")
-            return words[text.lower()]
-
-        return np.nan_to_num(self.parsed(column, parse, "row"), nan=-1).astype(np.int8)
+        return self.parsed_views(column, words)
 
     def metadata(self, number: int) -> np.ndarray:
         about = self.task.fields[number]

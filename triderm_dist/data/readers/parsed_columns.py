@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,14 +76,19 @@ class ParsedColumns:
     def views(self) -> np.ndarray:
         """Return the number of the view of each row (N,), -1 where it is invalid."""
         words = {word.lower(): at for at, view in enumerate(self.task.views) for word in (view.name, *view.words)}
-        column = self.task.columns.view or ""
+        return self.parsed_views(self.task.columns.view or "", words, _as_words("views"))
+
+    def parsed_views(self, column: str, words: Mapping[str, int], advice: str = "") -> np.ndarray:
+        """Return the numbers of the views in a column (N,), -1 where one is unknown. words: the number of each word, in
+        lower case. advice: the end of messages.
+        """
 
         def parse(text: str) -> float:
             if text.lower() not in words:
-                raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}{_as_words('views')}")
+                raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}")
             return words[text.lower()]
 
-        return np.nan_to_num(self.parsed(column, parse, "row"), nan=-1).astype(np.int8)
+        return np.nan_to_num(self.parsed(column, parse, "row", advice=advice), nan=-1).astype(np.int8)
 
     def rows_by_view(self, views: np.ndarray) -> np.ndarray:
         """Return the row of each lesion and view (L, V), -1 for none, of lesions with a row of a known view.
