@@ -187,11 +187,6 @@ def _status_of(work: Callable[[], None]) -> int:
     except InputError as error:
         print_error(f"error: {error}")
         return BAD_INPUT
-    except ModuleNotFoundError as error:
-        if (line := extras.explain(error) or explain_plugin_error(error)) is None:
-            raise
-        print_error(f"error: {line}")
-        return BAD_INPUT
     except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)
         print_error(printable(f"error: {error.filename}: {text}" if error.filename else f"error: {text}"))
@@ -204,7 +199,8 @@ def _status_of(work: Callable[[], None]) -> int:
         print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")
         return INTERRUPTED
     except Exception as error:
-        if (line := explain_plugin_error(error)) is None:
+        line = extras.explain(error) if isinstance(error, ModuleNotFoundError) else None
+        if (line := line or explain_plugin_error(error)) is None:
             raise
         print_error(f"error: {line}")
         return BAD_INPUT
