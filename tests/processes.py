@@ -66,7 +66,9 @@ def start(
     if config:
         launcher = ["-m", "launch.ranks", "--config_file", config, "--num_processes", str(ranks)]
     elif ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        # Without an address the launcher takes the host's name, which not every machine can resolve.
+        address = ["--standalone", "--local-addr", "127.0.0.1"]
+        launcher = ["-m", "torch.distributed.run", *address, "--nproc_per_node", str(ranks)]
     else:
         launcher = []
     return subprocess.Popen(
