@@ -110,6 +110,18 @@ def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     assert Ensemble.load(tmp_path / "ensemble.json").members == (*MODELS, "stack")  # whose columns are of all networks
 
 
+def test_a_single_network_may_be_named_and_have_any_name(tmp_path: Path) -> None:
+    """Also the name by which the estimate calls its best network."""
+    write_run(tmp_path, 150, models=("network",))
+    alone = fit_ensemble(tmp_path, experiment(tmp_path, use="network", enabled=False))
+    assert alone.chosen == "network" and "a single member: no weights to fit" in alone.notes
+    write_run(tmp_path / "two", 150, models=("network", "dual_cnn"))
+    for use in ("auto", "network"):
+        fit = fit_ensemble(tmp_path / "two", experiment(tmp_path / "two", use=use, enabled=False))
+        assert [row.name for row in fit.rows] == ["network", "dual_cnn", "plain mean", "fitted weights", "ensemble"]
+        assert fit.rows[0].nested == alone.rows[0].nested
+
+
 def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> None:
     """Changed labels in fold 0 do not change its rows through temperatures, stacker, weights or thresholds."""
     write_run(tmp_path)

@@ -203,6 +203,7 @@ def nested_estimate(
     their paired difference, else the best network: the one choice that is made on all lesions.
     """
     decisions: dict[str, np.ndarray] = {}
+    picked: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
     picks: dict[str, dict[int, str]] = {}
     for fold in np.unique(folds).tolist():
@@ -213,32 +214,26 @@ def nested_estimate(
         del members
         parts = parts_without(fold)[outside]
         candidates = _fit_candidates(names, stacked, labels[outside], parts, fitting)
+        shape = len(labels), stacked.shape[2]
         del stacked
         searched = np.flatnonzero(outside)[next(iter(candidates.values())).rows]
-        picked = _pick(candidates, labels[searched], None if groups is None else groups[searched], fitting)
-        for name, weighting in {**dict(zip(candidates, candidates, strict=True)), **picked}.items():
-            ensemble = candidates[weighting].ensemble
-            table = ensemble.combine(held_out)
-            decided = decisions.setdefault(name, np.zeros((len(labels), table.shape[1]), bool))
-            decided[inside] = ensemble.decide(held_out)
-            if name in picked:
-                probabilities.setdefault(name, np.full((len(labels), table.shape[1]), np.nan))[inside] = table
-                picks.setdefault(name, {})[fold] = weighting
-    if AUTO not in decisions:
-        (only,) = picks
-        decisions[CHOSEN] = decisions.pop(only)
-        return NestedEstimate(decisions, probabilities[only], picks[only])
-    choice = _choose(decisions, labels, groups, fitting)
-    use = fitting.config.use
-    given = use if use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
-    decisions[CHOSEN] = decisions[given]
-    for name in (ENSEMBLE, _NETWORK, AUTO):
-        del decisions[name]
-    return NestedEstimate(decisions, probabilities[given], picks[given], choice)
+        for weighting, candidate in candidates.items():
+            decisions.setdefault(weighting, np.zeros(shape, bool))[inside] = candidate.ensemble.decide(held_out)
+        picks_of_fold = _pick(candidates, labels[searched], None if groups is None else groups[searched], fitting)
+        for name, weighting in picks_of_fold.items():
+            picks.setdefault(name, {})[fold] = weighting
+            picked.setdefault(name, np.zeros(shape, bool))[inside] = decisions[weighting][inside]
+            combined = candidates[weighting].ensemble.combine(held_out)
+            probabilities.setdefault(name, np.full(shape, np.nan))[inside] = combined
+    choice, given = None, ENSEMBLE
+    if len(decisions) > 1:
+        choice, use = _choose(decisions, picked, labels, groups, fitting), fitting.config.use
+        given = use if use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
+    return NestedEstimate({**decisions, CHOSEN: picked[given]}, probabilities[given], picks[given], choice)
 
 
 _NETWORK = "network"
-"""The network that is best on the other folds, among the decisions while they are estimated."""
+"""Among what is picked for a fold: the network that is best on the other folds."""
 
 
 def _pick(
@@ -251,7 +246,7 @@ def _pick(
     """
     config = fitting.config
     scores = {name: metrics.macro_f1(each.decisions, labels) for name, each in candidates.items()}
-    picked = {ENSEMBLE: choose_weighting(scores)}
+    picked = {ENSEMBLE: choose_weighting(scores)}  # of a single member, that member
     if len(candidates) > 1:
         picked[_NETWORK] = best_network(scores, fitting.seeds)
         first, second = (candidates[name].decisions for name in picked.values())
@@ -263,17 +258,19 @@ def _pick(
 
 
 def _choose(
-    decisions: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarray | None, fitting: Fitting
+    decisions: Mapping[str, np.ndarray],
+    picked: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    fitting: Fitting,
 ) -> Choice:
-    """Choose what predicts by the nested decisions of each weighting, of the ensemble and of the automatic choice."""
+    """Choose what predicts by the nested decisions of each weighting, and of what was picked for each fold."""
     config = fitting.config
     scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
-    nested_score = scores.pop(AUTO)
-    del scores[ENSEMBLE], scores[_NETWORK]
     ensemble, network = choose_weighting(scores), best_network(scores, fitting.seeds)
     over_network, over_stacker = (
         intervals.macro_f1_difference(
-            decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed
+            picked[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed
         )
         if name in scores
         else None
@@ -281,6 +278,7 @@ def _choose(
     )
     assert over_network is not None
     used = {ENSEMBLE: ensemble, AUTO: ensemble if over_network.low > 0 else network}.get(config.use, config.use)
+    nested_score = metrics.macro_f1(picked[AUTO], labels)
     return Choice(used, ensemble, network, scores, over_network, over_stacker, nested_score)
 
 
