@@ -22,6 +22,7 @@ KEY = "checksum"
 _PARQUET_KEY = b"triderm.checksums"
 _IN_FOOTER, _FOOTER_KEY = b"in the footer", b"triderm.checksums.footer"
 """The value of `_PARQUET_KEY` in a file whose checksums were known once all rows were written, and their position."""
+_CHANGED = "changed or damaged: its content does not match its checksums"
 
 
 class DamagedFile(Exception):
@@ -155,7 +156,7 @@ class CheckedParquet:
     """A parquet file with checksums that is read in batches of rows.
 
     metadata: that it was written with.  rows: their number.  names: of the columns. Raises DamagedFile for a file that
-    is not readable as parquet, and FileNotFoundError.
+    is not readable as parquet or whose metadata do not match their checksum, and FileNotFoundError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,6 +167,7 @@ class CheckedParquet:
             about = pq.read_metadata(path)
             schema = about.schema.to_arrow_schema()
             self.metadata, self._checksums = _split_metadata(schema, about)
+        _compare_metadata(self._checksums, self.metadata)
         self.rows, self.names = about.num_rows, tuple(schema.names)
 
     def batches(self, columns: Sequence[str], kinds: Mapping[str, Column], rows: int) -> Iterator[Any]:
@@ -195,7 +197,7 @@ class CheckedParquet:
                 _check_column(table, name, kinds[name])
                 hashes[name].update(table[name])
             yield table
-        _compare(self._checksums, {name: each.hexdigest() for name, each in hashes.items()}, self.metadata, columns)
+        _compare(self._checksums, {name: each.hexdigest() for name, each in hashes.items()}, columns)
 
 
 def read_checked_parquet(
@@ -212,7 +214,8 @@ def read_checked_parquet(
         table = pq.read_table(path, columns=columns, page_checksum_verification=True)
         metadata, expected = _split_metadata(table.schema, pq.read_metadata(path))
         actual = {name: _column_sha256(table[name]) for name in table.column_names}
-        _compare(expected, actual, metadata, columns)
+        _compare_metadata(expected, metadata)
+        _compare(expected, actual, columns)
     for name, kind in (kinds or {}).items():
         _check_column(table, name, kind)
     return table.replace_schema_metadata(metadata)
@@ -241,24 +244,20 @@ def _split_metadata(schema: Any, about: Any) -> tuple[dict[bytes, bytes], dict[s
     return metadata, None if found is None else json.loads(found)
 
 
-def _compare(
-    expected: dict[str, Any] | None,
-    actual: Mapping[str, str],
-    metadata: Mapping[bytes, bytes],
-    columns: Sequence[str] | None,
-) -> None:
-    """Raise DamagedFile where checksums of columns and metadata are not the expected ones, if there are any."""
+def _compare_metadata(expected: dict[str, Any] | None, metadata: Mapping[bytes, bytes]) -> None:
+    """Raise DamagedFile where the checksum of metadata is not the expected one, if there is one."""
+    if expected is not None and expected.get("metadata") != _metadata_sha256(metadata):
+        raise DamagedFile(_CHANGED)
+
+
+def _compare(expected: dict[str, Any] | None, actual: Mapping[str, str], columns: Sequence[str] | None) -> None:
+    """Raise DamagedFile where checksums of columns are not the expected ones, if there are any."""
     if expected is None:
         return
     known = expected.get("columns", {})
     wanted = set(known if columns is None else columns)
-    if (
-        not known
-        or wanted != set(actual)
-        or any(known.get(name) != digest for name, digest in actual.items())
-        or expected.get("metadata") != _metadata_sha256(metadata)
-    ):
-        raise DamagedFile("changed or damaged: its content does not match its checksums")
+    if not known or wanted != set(actual) or any(known.get(name) != digest for name, digest in actual.items()):
+        raise DamagedFile(_CHANGED)
 
 
 def _check_column(table: Any, name: str, kind: Column) -> None:

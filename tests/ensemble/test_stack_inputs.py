@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.synthetic_run import CLINIC, write_run
@@ -12,6 +13,7 @@ from triderm_dist.ensemble.stack_inputs import (
     EmbeddingTower,
     base_columns,
     column_names,
+    embedding_tower,
     read_embeddings,
     write_embeddings,
 )
@@ -54,6 +56,23 @@ def test_embeddings_round_trip(tmp_path: Path) -> None:
     assert tower == ("timm:a", "0a")
     with pytest.raises(DataError, match="has no lesion c"):
         read_embeddings(path, np.array(["c"], object))
+
+
+def test_tower_of_embeddings_is_read_without_them(tmp_path: Path) -> None:
+    path = tmp_path / "embeddings.train.parquet"
+    tower = EmbeddingTower("timm:a", "0a")
+    write_embeddings(path, [f"lesion-{row}" for row in range(1000)], np.random.default_rng(0).random((1000, 64)), tower)
+    content = path.read_bytes()
+    assert embedding_tower(tmp_path) == tower
+    path.write_bytes(bytes(4) + b"damaged" + content[11:])  # the embeddings, which reading them notices
+    assert embedding_tower(tmp_path) == tower
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        read_embeddings(path, [])
+    path.write_bytes(content)
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"tower": b"timm:b"}), path)
+    with pytest.raises(DataError, match="does not match its checksums; delete it and run triderm embed again"):
+        embedding_tower(tmp_path)
 
 
 def test_columns_of_a_task_with_one_view_and_no_concepts(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ to one basis. Shapes: N lesions, F columns, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from triderm_dist.checksums import DamagedFile, matrix_of, read_checked_parquet, write_checked_parquet
+from triderm_dist.checksums import CheckedParquet, DamagedFile, matrix_of, read_checked_parquet, write_checked_parquet
 from triderm_dist.ensemble.alignment import aligned_mean, aligned_rows, load_alignments
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE
@@ -128,8 +129,10 @@ def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, 
 
 
 def embedding_tower(run_folder: Path) -> EmbeddingTower:
-    """Return the tower of a run's embeddings. Raises DataError if it has none."""
-    return read_embeddings(embeddings_path(run_folder, "train"), [])[1]
+    """Return the tower of a run's embeddings, which are not read. Raises DataError if it has none."""
+    path = embeddings_path(run_folder, "train")
+    with _embedding_errors(path):
+        return _tower_of(CheckedParquet(path).metadata)
 
 
 def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple[np.ndarray, EmbeddingTower]:
@@ -137,18 +140,27 @@ def read_embeddings(path: Path, lesion_ids: Sequence[str] | np.ndarray) -> tuple
 
     Raises DataError naming the file, or a lesion that it lacks.
     """
-    try:
+    with _embedding_errors(path):
         table = read_checked_parquet(path, kinds={"lesion_id": "text", "columns": "lists"})
         rows = rows_of(lesion_ids, table["lesion_id"].to_pylist())
-        values = matrix_of(table, "columns")
-        about = table.schema.metadata or {}
-        tower = EmbeddingTower(about[b"tower"].decode(), about.get(b"record", b"").decode())
+        values, tower = matrix_of(table, "columns"), _tower_of(table.schema.metadata or {})
+    if (absent := np.flatnonzero(rows < 0)).size:
+        raise DataError(f"{path}: has no lesion {lesion_ids[absent[0]]}; run triderm embed again")
+    return np.asarray(values[rows], np.float32), tower
+
+
+def _tower_of(metadata: Mapping[bytes, bytes]) -> EmbeddingTower:
+    return EmbeddingTower(metadata[b"tower"].decode(), metadata.get(b"record", b"").decode())
+
+
+@contextmanager
+def _embedding_errors(path: Path) -> Iterator[None]:
+    """Raise DataError naming the file for errors of reading it."""
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm embed first") from None
     except DamagedFile as error:
         raise DataError(f"{path}: {error}; delete it and run triderm embed again") from None
     except (KeyError, UnicodeDecodeError):
         raise DataError(f"{path}: not a file of embeddings; run triderm embed again") from None
-    if (absent := np.flatnonzero(rows < 0)).size:
-        raise DataError(f"{path}: has no lesion {lesion_ids[absent[0]]}; run triderm embed again")
-    return np.asarray(values[rows], np.float32), tower
