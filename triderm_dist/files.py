@@ -280,6 +280,19 @@ def size_text(size: float, binary: bool = False) -> str:
     return f"{size:.0f} B"
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder; symbolic links are not followed.
+
+    A file that another process removes meanwhile counts 0.
+    """
+    if path.is_dir() and not path.is_symlink():
+        return sum(size_of(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ from triderm_dist.commands import runs
 from triderm_dist.config import Experiment, load, save
 from triderm_dist.ensemble.run_list import find_runs
 from triderm_dist.environment import record_program
+from triderm_dist.files import size_of
 from triderm_dist.schema import DataError
 
 HELD_OUT = {"macro_f1": 0.55, "interval": [0.5, 0.6], "argmax": 0.5, "n": 10, "absent": []}
@@ -76,3 +77,12 @@ def test_missing_folder_and_folder_without_runs(tmp_path, capsys):
         find_runs(tmp_path / "none")
     cli.run(runs.RunsRun, runs.main, None, [str(tmp_path)], first="folder")
     assert capsys.readouterr().out == f"{tmp_path}: holds no run\n"
+
+
+def test_files_that_a_training_removes_meanwhile_count_nothing(folder):
+    gone = folder / "begun" / "gone.part"
+    gone.write_bytes(bytes(9))
+    sizes = map(size_of, [gone, folder / "begun"])
+    assert next(sizes) == 9
+    gone.unlink()
+    assert size_of(gone) == 0 and next(sizes) == 1500

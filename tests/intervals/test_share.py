@@ -35,6 +35,13 @@ def test_rates_have_beta_intervals() -> None:
         assert getattr(one, name) == getattr(intervals.rates_per_class(decisions, labels)[0], name)
 
 
+def test_rates_of_no_lesion_are_unknown_also_by_group() -> None:
+    nothing = np.empty(0, bool)
+    for groups in (None, np.empty(0, object), np.empty(0, np.int64)):
+        rates = intervals.rates(nothing, nothing, groups)
+        assert np.isnan([rates.sensitivity.value, rates.specificity.low, rates.negative_predictive_value.high]).all()
+
+
 def test_predictive_values_at_the_own_prevalence_have_nearly_the_interval_of_the_share() -> None:
     generator = np.random.default_rng(0)
     positive = np.repeat([True, False], [400, 1600])

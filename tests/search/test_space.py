@@ -111,6 +111,20 @@ def test_space_is_widened_to_include_the_experiments_settings():
         fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "space.yaml")
 
 
+def test_range_of_integers_takes_integers_only(tmp_path):
+    """Else Optuna refuses the experiment's own value when all trials have ended."""
+    key = "train.loss.gamma"
+    for own, domain in ((2.5, Domain("randint", (1, 3))), (2.5, Domain("randint", (3, 5)))):
+        with pytest.raises(ConfigError, match=rf"{key}: .* own value 2.5 cannot be part of a randint range; use unif"):
+            fit_space({key: domain}, load(Experiment, None, [f"models.a.{key}={own}"]), "a", "space.yaml")
+    fitted, _ = fit_space({key: Domain("randint", (3, 5))}, load(Experiment, None, [f"models.a.{key}=2"]), "a", "s")
+    assert fitted[key].values == (2, 5) and all(isinstance(end, int) for end in fitted[key].values)
+    no_size = load(Experiment, None, ["models.a.width=64"])
+    assert no_size.models["a"].tower.image_size is None
+    with pytest.raises(ConfigError, match=r"own value None cannot be part of a randint range; use choice"):
+        fit_space({"tower.image_size": Domain("randint", (192, 256))}, no_size, "a", "space.yaml")
+
+
 def test_plugin_setting_can_be_searched_if_the_experiment_sets_it():
     key = "train.augment.extra.random_erasing.share"
     space = {key: Domain("uniform", (0.05, 0.2))}

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 from tests.fork_server import forks
 from tests.processes import finish, start, wait_for
 from tests.search.conftest import space_file
-from triderm_dist.config import Experiment, load
+from triderm_dist.config import Experiment, load, save
 from triderm_dist.schema import Busy, ConfigError
 from triderm_dist.search.results import summarize, verdict
 from triderm_dist.search.settings import BASELINE, SearchRun, read_search
@@ -51,6 +52,8 @@ def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
         (["scheduler=pbt", "folds=[0,1]"], "pbt changes settings within the training of one fold"),
         (["scheduler=pbt", "workers=2"], "pbt trains a trial in one process"),
         (["scheduler=pbt", "concurrent=1"], "pbt alternates between all trials"),
+        (["grace_epochs=4"], "search.grace_epochs=4: a trial has 3 epochs; set it to fewer"),
+        (["scheduler=pbt", "exploit_epochs=3"], "search.exploit_epochs=3: a trial has 3 epochs, so none would copy"),
         (["scheduler=pbt"], "train.sampling.power cannot change during a training"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -200,3 +203,21 @@ def test_killed_search_resumes_without_rerunning_finished_trials(tiny, tmp_path)
     assert [trial.state for trial in trials] == ["complete"] * 4
     assert all(trials[number - 1].macro_f1 == trial.macro_f1 for number, trial in finished.items())
     assert all(path.stat().st_mtime_ns == before for path, before in written.items())
+
+
+@pytest.mark.slow
+def test_search_that_is_stopped_during_trainings_with_other_seeds_ends_with_3(tiny, tmp_path):
+    space = space_file(tmp_path, "train.optim.lr: {loguniform: [1e-3, 1e-2]}")
+    words = [f"space={space}", "trials=2", "seeds=1", "train.epochs=60"]
+    run = load(SearchRun, tiny, words)
+    for number, lr in ((1, 0.001), (2, 0.01)):  # a search whose second trial is the best
+        folder = run.trial_folder(number)
+        run_trial(Trial(number, {"train.optim.lr": lr}), run.experiment, "small", (0,), folder, lambda scores: None)
+        replace(read_trials(run.search_folder)[number - 1], macro_f1=number / 10).write(folder)
+    save(run, run.search_folder / "search.yaml")
+    (run.search_folder / "space.yaml").write_text(space.read_text())
+    process = program("tune.search", "--config", str(tiny), *words, "resume=true")
+    wait_for(lambda: any(trial.epochs for trial in read_trials(run.search_folder, repeats=True)), process)
+    process.send_signal(signal.SIGTERM)
+    text = output_of(process, status=3)
+    assert re.search(r"interrupted: [12] trainings with other seeds have not ended; .*resume=true", text), text

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from triderm_dist.search.space import (
     with_settings,
 )
 from triderm_dist.search.trial import Trial, _Curve, _own_experiment, read_trial, read_trials, run_trial
+from triderm_dist.search.tuner import progress_callback
 
 
 def test_curve_is_the_mean_over_folds_of_the_best_epoch():
@@ -34,6 +36,19 @@ def test_invalid_trial_record_gives_one_line(tmp_path):
     (tmp_path / "trial-001" / "trial.json").write_text('{"nummer": 1}')
     with pytest.raises(DataError, match=r"trial.json: not the record of a trial"):
         read_trials(tmp_path)
+
+
+def test_trial_whose_process_never_started_is_recorded_with_its_own_settings(tmp_path, capsys):
+    """Not with what Ray drew, which for a training with another seed is the name of its folder."""
+    of_ray = SimpleNamespace(config={"repeat": "trial-002-seed-1"})
+    (tmp_path / "trial-002-seed-1").mkdir()
+    callback = progress_callback(
+        tmp_path, lambda trial: trial.config["repeat"], lambda number, drawn: {"train.optim.lr": number / 10}, 2, 3
+    )
+    callback.on_trial_error(0, [], of_ray)
+    error = "its process died; out of memory?"
+    assert read_trials(tmp_path, repeats=True) == [Trial(2, {"train.optim.lr": 0.2}, 1, "failed", error=error)]
+    assert f"trial 2 seed 1  epoch 0/3  failed  {error}" in capsys.readouterr().out
 
 
 def test_trial_has_the_sets_and_tokens_of_the_experiment(tmp_path):

@@ -24,8 +24,8 @@ class CleanRun(Section):
 
 
 def main(config: CleanRun) -> None:
-    from triderm_dist.engine.clean import find_removable, remove, size_of
-    from triderm_dist.files import size_text
+    from triderm_dist.engine.clean import find_removable, remove
+    from triderm_dist.files import size_of, size_text
 
     folder = Path(config.run)
     parts, notes = find_removable(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.engine.fold_folder import ASIDE
-from triderm_dist.files import dead_parts, exclusive_lock
+from triderm_dist.files import dead_parts, exclusive_lock, size_of
 from triderm_dist.schema import DataError
 
 CHECKPOINTS = "checkpoints of finished folds"
@@ -75,13 +75,6 @@ def remove(run: Path, parts: Sequence[Removable]) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-
-
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder; symbolic links are not followed."""
-    if path.is_symlink() or not path.is_dir():
-        return path.lstat().st_size
-    return sum(Path(folder, name).lstat().st_size for folder, _, names in os.walk(path) for name in names)
 
 
 def _trainings(run: Path) -> list[Path]:

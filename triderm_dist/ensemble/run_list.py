@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from triderm_dist.config import CONFIG_FILE
 from triderm_dist.ensemble.artifact import read_artifact
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, read_held_out
 from triderm_dist.environment import read_environment
-from triderm_dist.files import why_no_folder
+from triderm_dist.files import size_of, why_no_folder
 from triderm_dist.intervals import Interval
 from triderm_dist.schema import DataError
 
@@ -61,9 +60,7 @@ def summarize_run(folder: Path) -> RunSummary:
     except (DataError, KeyError, TypeError, AttributeError):
         pass
     folds = [path for path in folder.glob("*/fold-*") if path.is_dir()]
-    size, changed = 0, folder.stat().st_mtime
-    for parent, _, names in os.walk(folder):
-        size += sum(os.lstat(os.path.join(parent, name)).st_size for name in names)
+    changed = folder.stat().st_mtime
     results = [path.stat().st_mtime for path in (folder / ENSEMBLE_FILE, folder / CONFIG_FILE) if path.exists()]
     starts = read_environment(folder)["starts"]
     return RunSummary(
@@ -76,7 +73,7 @@ def summarize_run(folder: Path) -> RunSummary:
         date=datetime.fromisoformat(starts[-1]["started"])
         if starts
         else datetime.fromtimestamp(max(results, default=changed), UTC),
-        size=size,
+        size=size_of(folder),
     )
 
 

@@ -269,9 +269,7 @@ def _choose(
     scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
     ensemble, network = choose_weighting(scores), best_network(scores, fitting.seeds)
     over_network, over_stacker = (
-        intervals.macro_f1_difference(
-            picked[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed
-        )
+        intervals.macro_f1_difference(picked[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed)
         if name in scores
         else None
         for name in (network, STACKER)

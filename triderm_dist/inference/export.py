@@ -11,7 +11,7 @@ import torch
 from triderm_dist.config import Networks
 from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
-from triderm_dist.files import file_sha256, new_folder, size_text, write_json
+from triderm_dist.files import file_sha256, new_folder, size_of, size_text, write_json
 from triderm_dist.inference.exported_files import BATCHES, SUFFIXES, check_installed, versions, write_network
 from triderm_dist.inference.exported_network import ExportedNetwork, describe_network
 from triderm_dist.inference.networks import NetworkLoader, Preprocessing
@@ -60,7 +60,7 @@ def export_run(
         if kind == "zip":
             write_slim_run(run, part)
             write_zip(part, output)
-            report(f"{output}: {size_text(output.stat().st_size)}")
+            report(f"{output}: {size_text(size_of(output))}")
             return
         if kind == "hub":
             write_slim_run(run, part)
@@ -68,7 +68,7 @@ def export_run(
         else:
             _write_networks(run, part, kind, models, folds, report)
         part.rename(output)
-        report(f"{output}: {size_text(sum(file.stat().st_size for file in output.rglob('*')))}")
+        report(f"{output}: {size_text(size_of(output))}")
 
 
 def _write_networks(

@@ -43,7 +43,7 @@ def rates(decided: np.ndarray, positive: np.ndarray, groups: np.ndarray | None =
     units, frequency = np.eye(4), np.bincount(outcome, minlength=4).astype(float)
     if groups is not None:
         codes = group_numbers(groups)
-        units = np.bincount(4 * codes + outcome, minlength=4 * (codes.max() + 1)).reshape(-1, 4).astype(float)
+        units = np.bincount(4 * codes + outcome, minlength=4 * (codes.max(initial=-1) + 1)).reshape(-1, 4).astype(float)
         frequency = np.ones(len(units))
     true_negative, missed, false_alarm, found = units.T[:, :, None]
     pairs = (

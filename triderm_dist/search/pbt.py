@@ -30,6 +30,11 @@ def check_search(run: SearchRun) -> None:
         raise ConfigError("search.workers: pbt trains a trial in one process; set it to 1, or use scheduler=asha")
     if settings.concurrent:
         raise ConfigError("search.concurrent: pbt alternates between all trials; leave it null, and set search.cpus")
+    if settings.exploit_epochs >= run.epochs:
+        raise ConfigError(
+            f"search.exploit_epochs={settings.exploit_epochs}: a trial has {run.epochs} epochs, so none would copy "
+            "another; set it to fewer"
+        )
     if settings.trials < 3:
         raise ConfigError("search.trials: pbt needs the baseline and at least two trials that copy one another")
 

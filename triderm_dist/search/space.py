@@ -33,16 +33,27 @@ class Domain:
         return generator.uniform(low, high)
 
     def __contains__(self, value: Any) -> bool:
-        return value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
+        if self.kind == "choice":
+            return value in self.values
+        return self._may_hold(value) and bool(self.values[0] <= value <= self.values[1])
+
+    def _may_hold(self, value: Any) -> bool:
+        """Return whether a range of this kind, with other ends, holds a value."""
+        if not _is_number(value) or (self.kind == "loguniform" and value <= 0):
+            return False
+        return self.kind != "randint" or value == int(value)
 
     def widened(self, value: Any) -> Domain:
         """Return the smallest domain of this kind that also holds `value`. Raises ConfigError if there is none."""
         if self.kind == "choice":
             return replace(self, values=(*self.values, value))
-        if not _is_number(value) or (self.kind == "loguniform" and value <= 0):
+        if not self._may_hold(value):
+            other = "uniform or choice" if _is_number(value) else "choice"
             raise ConfigError(
-                f"the experiment's own value {value!r} cannot be part of a {self.kind} range; use uniform or choice"
+                f"the experiment's own value {value!r} cannot be part of a {self.kind} range; use {other}"
             )
+        if self.kind == "randint":
+            value = int(value)
         return replace(self, values=(min(value, self.values[0]), max(value, self.values[1])))
 
     def all_values(self) -> Iterable[Any]:

@@ -48,6 +48,7 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
         prepare_trainings(experiment, index, [run.model])  # once, for all trials
+        waiting = 0
         with ray_session(settings):
             if not settings.resume or _ended(run) < settings.trials or _failed(run):
                 run_trials(run, space, log)
@@ -55,10 +56,14 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
                 _remove_temporary_files(run)
                 baseline, best = baseline_and_best(read_trials(run.search_folder))
                 if settings.seeds and baseline and best and best is not baseline:
-                    run_repeats(run, [baseline, best], log)
+                    waiting = run_repeats(run, [baseline, best], log)
         summary = summarize(run)
     if (ended := _ended(run)) < settings.trials:
         raise Interrupted(f"{ended} of {settings.trials} trials have ended; rerun the same command with resume=true")
+    if waiting:
+        raise Interrupted(
+            f"{waiting} trainings with other seeds have not ended; rerun the same command with resume=true"
+        )
     if summary.best is None:
         failed = next(iter(_failed(run)), None)
         raise InputError(
@@ -78,6 +83,11 @@ def _check_settings(run: SearchRun) -> None:
     folds = experiment.data.folds
     if len(set(settings.folds)) < len(settings.folds) or not all(0 <= fold < folds for fold in settings.folds):
         raise ConfigError(f"search.folds: list folds from 0 to {folds - 1} (data.folds is {folds}), each once")
+    if settings.scheduler == "asha" and settings.grace_epochs > run.epochs:
+        raise ConfigError(
+            f"search.grace_epochs={settings.grace_epochs}: a trial has {run.epochs} epochs; set it to fewer, or use "
+            "scheduler=none"
+        )
     if settings.scheduler == "pbt":
         pbt.check_search(run)
 

@@ -30,6 +30,9 @@ from triderm_dist.search.trial import State, Trial, last_checkpoint, read_trial,
 REDUCTION = 3
 """ASHA promotes one of this many trials at each rung."""
 
+SettingsOf = Callable[[int, Mapping[str, Any]], dict[str, Any]]
+"""Takes the number of a trial and what Ray drew for it; returns the settings that it trains with."""
+
 
 @contextmanager
 def ray_session(settings: SearchConfig) -> Iterator[None]:
@@ -43,7 +46,7 @@ def ray_session(settings: SearchConfig) -> Iterator[None]:
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",  # disables Ray's progress tables
     }
-    # Ray warns of the epochs that a resumed trial reports again; `_progress_callback` prints each failure on one line.
+    # Ray warns of the epochs that a resumed trial reports again; `progress_callback` prints each failure on one line.
     warnings.filterwarnings("ignore", "The reported value is ignored")
     warnings.filterwarnings("ignore", "Consider boosting PBT performance")
     for name in ("ray.tune", "ray.train"):
@@ -95,12 +98,15 @@ def run_trials(run: SearchRun, space: Space, log: Callable[[str], None]) -> None
             max_concurrent_trials=None if population else concurrent,
             trial_dirname_creator=name_of,
         ),
-        run_config=_run_config(run, "ray", name_of, settings.trials),
+        run_config=_run_config(run, "ray", name_of, settings_of),
     ).fit()
 
 
-def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], None]) -> None:
-    """Train finished trials again with other seeds, as far as that is not done. Ray must be running."""
+def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], None]) -> int:
+    """Train finished trials again with other seeds, as far as that is not done. Ray must be running.
+
+    Returns how many of these trainings have not ended, because the search was interrupted.
+    """
     from ray import tune
 
     settings, root = run.search, run.search_folder.resolve()
@@ -112,7 +118,7 @@ def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], No
             if not before or before.state != "complete" or before.settings != trial.settings:
                 todo.append(trial_name(trial.number, seed))
     if not todo:
-        return
+        return 0
     needs, concurrent = _allocate(settings, len(todo))
     seeds = f"the best trial and the baseline with {settings.seeds} other seeds"
     log(f"{seeds}, {concurrent} at once" + _workers_text(settings))
@@ -122,12 +128,17 @@ def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], No
     def name_of(trial: Any) -> str:
         return str(trial.config["repeat"])
 
+    def settings_of(number: int, sampled: Mapping[str, Any]) -> dict[str, Any]:
+        return known[number]
+
     tune.Tuner(
-        _trainable(run, needs, lambda number, sampled: known[number]),
+        _trainable(run, needs, settings_of),
         param_space={"repeat": tune.grid_search(todo)},
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, trial_dirname_creator=name_of),
-        run_config=_run_config(run, "ray-seeds", name_of, settings.trials),
+        run_config=_run_config(run, "ray-seeds", name_of, settings_of),
     ).fit()
+    ended = [read_trial(root / name) for name in todo]
+    return sum(trial is None or trial.state == "running" for trial in ended)
 
 
 def _allocate(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
@@ -155,7 +166,7 @@ def _workers_text(settings: SearchConfig) -> str:
     return f", {settings.workers} workers each" if settings.workers > 1 else ""
 
 
-def _trainable(run: SearchRun, needs: Needs, settings_of: Callable[[int, Mapping[str, Any]], dict[str, Any]]) -> Any:
+def _trainable(run: SearchRun, needs: Needs, settings_of: SettingsOf) -> Any:
     """Return the function that Ray Tune calls in the process of each trial, with the resources that it needs."""
     from ray import tune
 
@@ -233,7 +244,7 @@ def _train_on_workers(
     trainer.fit()
 
 
-def _run_config(run: SearchRun, name: str, name_of: Callable[[Any], str], trials: int) -> Any:
+def _run_config(run: SearchRun, name: str, name_of: Callable[[Any], str], settings_of: SettingsOf) -> Any:
     from ray import tune
 
     root = run.search_folder.resolve()
@@ -241,7 +252,7 @@ def _run_config(run: SearchRun, name: str, name_of: Callable[[Any], str], trials
         name=name,
         storage_path=str(root),
         verbose=0,
-        callbacks=[_progress_callback(root, name_of, trials, run.epochs)],
+        callbacks=[progress_callback(root, name_of, settings_of, run.search.trials, run.epochs)],
         failure_config=tune.FailureConfig(max_failures=run.search.retries),
         # Ray's advice for a population: other trials may still be copying an older checkpoint.
         checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
@@ -293,7 +304,9 @@ def _number(trial: Any, settings: SearchConfig) -> int:
     return count + 1 if settings.scheduler == "pbt" else count
 
 
-def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, epochs: int) -> Any:
+def progress_callback(
+    root: Path, name_of: Callable[[Any], str], settings_of: SettingsOf, trials: int, epochs: int
+) -> Any:
     """Return a callback of Ray that prints progress, records how trials end, and removes their checkpoints then."""
     from ray.tune.progress_reporter import TrialProgressCallback
 
@@ -321,7 +334,7 @@ def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, e
             known = read_trial(folder)
             if known is None:  # it ended before it wrote its file
                 number, seed = parse_trial_name(folder.name)
-                known = Trial(number, dict(trial.config), seed)
+                known = Trial(number, settings_of(number, trial.config), seed)
             if known.state == "running":
                 known = replace(known, state=state, error=error)
                 known.write(folder)
