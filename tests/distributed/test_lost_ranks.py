@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from tests.processes import HANG_SECONDS, ROOT, WORKERS, finish, start
 from triderm_dist.cli import Interrupted
-from triderm_dist.distributed import parallel
+from triderm_dist.distributed import heartbeat, parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank
 from triderm_dist.distributed.library_errors import is_backend_error, permanent_fault
 from triderm_dist.schema import InputError
@@ -182,3 +184,21 @@ def test_smallest_loss_scale_of_deepspeed_is_refused_with_advice():
         scaler.update_scale(overflow=True)
     with pytest.raises(ValueError, match="another"), parallel.naming_smallest_scale():
         raise ValueError("another")
+
+
+def test_stopping_the_heartbeat_waits_for_its_thread(monkeypatch):
+    """A thread in a request at the end of the interpreter would abort the process, after a training that succeeded."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.0)
+    asked = threading.Event()
+
+    def device_error() -> str:
+        asked.set()
+        beat._stopped.wait()
+        time.sleep(0.3)
+        return ""
+
+    beat = heartbeat.Heartbeat(dist.HashStore(), 0, 1, 60.0, device_error)
+    beat.start()
+    asked.wait()
+    beat.stop()
+    assert not beat._thread.is_alive()

@@ -85,10 +85,12 @@ class Heartbeat:
         """Record that this rank has ended, so that no other waits for it.
 
         Rank 0, which may host the store, waits briefly for all ranks, since PyTorch prints a warning for each request
-        to a store that no longer exists.
+        to a store that no longer exists. Waits for the thread's request, within which the end of the interpreter would
+        abort the process.
         """
         if not self._stopped.is_set():
             self._stopped.set()
+            self._thread.join(ANSWER_SECONDS)
             with suppress(RuntimeError):  # the store no longer exists
                 self.store.set(f"beat {self.rank}", ENDED)
                 self._await_all("ended", self.store.add("ended", 1), BEAT_SECONDS)
