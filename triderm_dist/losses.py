@@ -217,6 +217,11 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {}
 """Terms for `train.loss.terms`, by name; plugins add theirs."""
 
 
+def is_built_in(name: str) -> bool:
+    """Return whether a term is not one of `train.loss.terms`."""
+    return name in (*BUILT_IN, "fine")
+
+
 @dataclass(frozen=True)
 class DrawnLesions:
     """The lesions that an epoch draws on average, for the priors of the logit adjustment.
@@ -405,7 +410,7 @@ def _mean_weights(name: str) -> str:
 
 
 def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
-    if name in (*BUILT_IN, "fine"):
+    if is_built_in(name):
         raise ConfigError(f"train.loss.terms: {name} is built in; set train.loss.{name}_weight instead")
     check_known("train.loss.terms", name, LOSS_TERMS, "a loss term")
     kind = LOSS_TERMS[name]

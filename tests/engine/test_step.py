@@ -25,13 +25,13 @@ from triderm_dist.data.loader import Step
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import TrainStep
-from triderm_dist.losses import CompoundLoss, LossInputs, LossTerm
+from triderm_dist.losses import LOSS_TERMS, CompoundLoss, LossInputs, LossTerm
 from triderm_dist.models.dropout import _tables
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.monitoring.memory_estimate import network_without_weights
 from triderm_dist.optim import build_optimizer
-from triderm_dist.schema import Batch, ConfigError
+from triderm_dist.schema import Batch, ConfigError, InputError
 from triderm_dist.tasks import milk10k_task
 
 LESIONS = 4
@@ -141,6 +141,41 @@ def test_a_parameter_that_the_loss_is_independent_of_is_refused() -> None:
     step = new_step(model, network, parallel.start_training(model.train))
     with pytest.raises(ConfigError, match=r"independent of the parameter unused.weight and of 1 more; use it in fuse"):
         step(batch_of(network), 0)
+
+
+class Infinite(LossTerm):
+    def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
+        return inputs.logits.sum(1) / 0
+
+
+class InfiniteGradient(LossTerm):
+    def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
+        return (inputs.logits.sum(1) * 0).sqrt()
+
+
+@pytest.mark.parametrize(
+    "term, photos, message",
+    [
+        (Infinite, 0.0, "step 1: train.loss.terms.own is not finite; the step was not taken. Correct the term and"),
+        (InfiniteGradient, 0.0, "lower train.optim.lr, or correct train.loss.terms.own if its gradient is infinite"),
+        (Infinite, torch.nan, "step 1: loss or gradient is not finite; .* lower train.optim.lr to resume"),
+    ],
+)
+def test_a_term_of_a_plugin_that_is_not_finite_is_named(
+    monkeypatch: pytest.MonkeyPatch, term: type[LossTerm], photos: float, message: str
+) -> None:
+    monkeypatch.setitem(LOSS_TERMS, "own", term)
+    batches = [f"train.global_batch={LESIONS}", f"train.micro_batch={LESIONS}", "train.precision=fp32"]
+    model = settings("dual_cnn", *batches, "train.loss.terms={own: {weight: 1}}")
+    network = network_without_weights(model, SIGNATURE)[0]
+    step = new_step(model, network, parallel.start_training(model.train))
+    batch = batch_of(network)
+    batch.micro_batches[0].clinical.fill_(photos)
+    batch.micro_batches[0].dermoscopic.fill_(photos)
+    step(batch, 0)
+    step(batch_of(network), 1)  # not taken either
+    with pytest.raises(InputError, match=message):
+        step.guard.check()
 
 
 @pytest.mark.parametrize("counts", [(4, 12), (12, 4)])

@@ -13,7 +13,7 @@ from triderm_dist.data.loader import Step
 from triderm_dist.distributed.collectives import is_distributed
 from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.distributed.parallel import strategy_of
-from triderm_dist.losses import Sums
+from triderm_dist.losses import Sums, is_built_in
 from triderm_dist.schema import InputError
 
 LARGEST_WEIGHT = 1e8
@@ -50,6 +50,7 @@ class NonFiniteGuard:
         self._found_inf = torch.zeros((), device=accelerator.device)
         self._first_bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._lesion_ids: dict[int, list[str]] = {}
+        self._sums: dict[int, Sums] = {}
         scaled = accelerator.scaler is not None
         # torch's GradScaler recognizes optimizers that skip steps on the device by this attribute.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and strategy_of(accelerator) != "deepspeed"
@@ -76,6 +77,7 @@ class NonFiniteGuard:
             torch.where(first, number, self._first_bad, out=self._first_bad)
         else:
             self._first_bad.masked_fill_(first, number)
+            self._sums[number] = sums  # a graph overwrites its own
         torch.maximum(self._found_inf, bad, out=self._found_inf)
         if self.check_each_step:
             self.check()
@@ -85,11 +87,10 @@ class NonFiniteGuard:
         scaler = self.accelerator.scaler
         if self._found_inf.item():
             number = int(self._first_bad)
-            hint = "" if self.accelerator.mixed_precision == "no" else " or train.precision=fp32"
+            what, advice = self._cause(self._sums.get(number, {}))
             raise InputError(
-                f"step {number}: loss or gradient is not finite; the step was not taken. Rerun the command with a "
-                f"lower train.optim.lr{hint} to resume from the last checkpoint, which is intact. Lesions of the "
-                f"batch: {self._all_lesion_ids(number)}"
+                f"step {number}: {what} is not finite; the step was not taken. {advice} to resume from the last "
+                f"checkpoint, which is intact. Lesions of the batch: {self._all_lesion_ids(number)}"
             )
         if scaler and scaler.get_scale() < 1:
             raise InputError(
@@ -98,6 +99,21 @@ class NonFiniteGuard:
             )
         note_progress()
         self._lesion_ids.clear()
+        self._sums.clear()
+
+    def _cause(self, sums: Sums) -> tuple[str, str]:
+        """Return what is not finite in a step with these loss sums, and what to do.
+
+        Terms of plugins are named where they alone are not finite, or may have a gradient that is not.
+        """
+        hint = "" if self.accelerator.mixed_precision == "no" else " or train.precision=fp32"
+        advice = f"Rerun the command with a lower train.optim.lr{hint}"
+        bad = [name for name, each in sums.items() if not each.isfinite().all()]
+        if bad and not any(map(is_built_in, bad)):
+            return f"train.loss.terms.{bad[0]}", "Correct the term and rerun the command"
+        if not bad and (terms := [name for name in sums if not is_built_in(name)]):
+            advice += f", or correct train.loss.terms.{terms[0]} if its gradient is infinite or NaN,"
+        return "loss or gradient", advice
 
     def _all_lesion_ids(self, number: int) -> str:
         """Return the lesions of a step on all ranks, comma-separated."""
