@@ -157,6 +157,23 @@ def test_init_recognizes_columns_of_other_languages(tmp_path: Path) -> None:
     assert (columns.lesion_id, columns.group, columns.diagnosis) == ("Läsion", "Paciente", "Diagnose")
 
 
+def test_init_reads_names_of_columns_with_blanks_as_those_with_underscores(tmp_path: Path) -> None:
+    """A patient that is not recognized would be in several folds, and a result of the biopsy an input."""
+    rows = [
+        {"photo": f"p{at}", "Lesion ID": f"l{at}", "Patient ID": at // 2, "Diagnosis": ["nv", "mel"][at % 2],
+         "Biopsy result": ["a", "b", "b"][at % 3], "Pat-Nr": at % 5}
+        for at in range(24)
+    ]  # fmt: skip
+    folder = write(tmp_path, rows, [f"{row['photo']}.jpg" for row in rows])
+    text = describe_folder(folder)
+    assert "  lesion_id: Lesion ID\n" in text and "  group: Patient ID #" in text
+    assert "#   Biopsy result: it may follow from the diagnosis" in text
+    for row in rows:
+        del row["Patient ID"]
+    write(folder, rows, [])
+    assert "  group: Pat-Nr #" in describe_folder(folder)
+
+
 @pytest.mark.parametrize("words", [["init"], ["check", "a", "b"], ["describe", "a"], []])
 def test_unknown_subcommand_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="write triderm task init FOLDER"):
@@ -173,6 +190,9 @@ def test_init_refuses_a_folder_without_photos_labels_or_table(tmp_path: Path) ->
     with pytest.raises(DataError, match="no such folder"):
         main(["init", str(tmp_path / "none")])
     with pytest.raises(DataError, match="no photo"):
+        main(["init", str(tmp_path)])
+    (tmp_path / "lesions.tar").touch()
+    with pytest.raises(DataError, match="in this folder; tars are read by triderm index"):
         main(["init", str(tmp_path)])
     write(tmp_path, [{"a": 1}], ["x.jpg"])
     with pytest.raises(DataError, match=r"no column names the photos \(table.csv\)"):

@@ -116,3 +116,9 @@ def test_guidelines_name_every_item_and_sections_that_exist():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in Path(sections.__file__).parent.glob("*.py"))
     titles = {*re.findall(r'Section\(\s*(?:title=)?"([^"]+)"', sources)}
     assert {*re.findall(r"\*\*(.+?)\*\*", f"{claim}{tripod}")} - {"Yours", "yours"} <= titles
+
+
+def test_one_version_of_each_photo_is_not_plural():
+    settings = experiment("models.a={tower: {frozen: true}, train: {augment: {token_variants: 1}}}")
+    (text,) = network_sentences(settings, ["a"], milk10k_task())
+    assert "in 1 version of each photo" in text

@@ -348,3 +348,12 @@ def test_report_where_one_network_predicts_alone(run: Path) -> None:
     assert tables["members"].text(first, "temperature") == "0.80"
     networks = [row.name for row in tables["calibration_networks"].rows]
     assert networks == list(content.networks)
+
+
+def test_gaps_that_are_not_judged_are_not_said_to_be(clinic: Path, tmp_path: Path) -> None:
+    content = Content(clinic)
+    text = page_of(content, tmp_path / "judged").text
+    assert "gaps that are judged" in text and "Adjusted p-values" in text
+    content.slices = [replace(part, p=np.nan, adjusted=np.nan) for part in content.slices]
+    text = page_of(content, tmp_path / "small").text
+    assert "nothing is judged" in text and "gaps that are judged" not in text and "Adjusted p-values" not in text

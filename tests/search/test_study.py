@@ -73,6 +73,7 @@ def test_search_of_two_trials_writes_a_best_file_that_trains(tiny, tmp_path):
     words = ["--config", str(tiny), f"space={space}", "trials=2", "train.epochs=2", "concurrent=2", "seeds=2"]
     text = output_of(program("tune.search", *words))
     assert "layer_decay is left out: with tower.frozen" in text
+    assert "2 trials of small over" in text
     assert "train.optim.lr is widened to the experiment's own value 0.001" in text
     trials = read_trials(run / "search")
     assert [trial.number for trial in trials] == [1, 2] and trials[0].state == "complete"

@@ -90,8 +90,11 @@ def main(config: IndexConfig) -> None:
     table = Path(f"{local_name(config.output or config.folder)}.problems.csv")
     if config.address and part:
         raise ConfigError("address: the cluster scans all tars; leave out slice=")
+    task = load_task(config.task) if config.task else folder_task(config.folder)
+    if task is None:
+        print("note: no task= is set and the folder has no task.yaml: the tars are read as those of MILK10k")
     options: dict[str, Any] = {
-        "task": load_task(config.task) if config.task else folder_task(config.folder) or milk10k_task(),
+        "task": task or milk10k_task(),
         "extensions": {"clinical": config.clinical, "dermoscopic": config.dermoscopic},
         "missing_view": config.missing_view,
         "workers": config.workers,

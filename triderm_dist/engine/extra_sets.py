@@ -18,7 +18,7 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.views import open_training_views
-from triderm_dist.runtime.terminal import wrapped
+from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
 
 MAX_NAMED = 10
@@ -109,9 +109,10 @@ def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[s
     unused = int((extra.index.labels != UNLABELED).sum()) - len(labels)
     left_out = f"; {unused:,} labeled ones do not" if unused else ""
     found = int((extra.concepts >= 0).sum())
+    matched = f"; {found} of {counted(len(index.concepts), 'concept')} match by name" if index.concepts else ""
     return [
         f"{where}: {len(labels):,} lesions of {extra.name} join the training with weight {extra.weight:g} as "
-        f"{', '.join(counts)}{left_out}; {found} of {len(index.concepts)} concepts match by name",
+        f"{', '.join(counts)}{left_out}{matched}",
         *(f"{where}: {note}" for note in extra.notes),
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from triderm_dist.config import Experiment, ModelConfig
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import Task
 
 KINDS = {
@@ -101,7 +102,7 @@ def _augmentation(model: ModelConfig) -> str:
     steps += [f"CutMix ({augment.cutmix:g})"] if augment.cutmix else []
     text = f"augmentation by {_listed(steps)}" if steps else "no augmentation of photos"
     if steps and model.tower.frozen:
-        text += f" in {augment.token_variants} versions of each photo"
+        text += f" in {counted(augment.token_variants, 'version')} of each photo"
     return text
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from triderm_dist.distributed.ray_cluster import Needs, cluster_capacity, running_ray
 from triderm_dist.runtime.messages import one_line
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.search import pbt
 from triderm_dist.search.results import format_settings
@@ -62,7 +63,7 @@ def run_trials(run: SearchRun, space: Space, log: Callable[[str], None]) -> None
     settings, root = run.search, run.search_folder.resolve()
     own = own_settings(run.experiment.models[run.model], space)
     needs, concurrent = _allocate(settings, settings.trials)
-    log(f"{settings.trials} trials over {', '.join(space)}, {concurrent} at once" + _workers_text(settings))
+    log(f"{counted(settings.trials, 'trial')} of {run.model} over {', '.join(space)}, {concurrent} at once" + _workers_text(settings))
 
     def settings_of(number: int, sampled: Mapping[str, Any]) -> dict[str, Any]:
         return own if number == BASELINE else {key: rounded(value) for key, value in sampled.items()}
@@ -120,7 +121,7 @@ def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], No
     if not todo:
         return 0
     needs, concurrent = _allocate(settings, len(todo))
-    seeds = f"the best trial and the baseline with {settings.seeds} other seeds"
+    seeds = f"the best trial and the baseline with {counted(settings.seeds, 'other seed')}"
     log(f"{seeds}, {concurrent} at once" + _workers_text(settings))
     # The folders of the trials record which repetitions are done, so Ray's own state is not needed.
     shutil.rmtree(root / "ray-seeds", ignore_errors=True)

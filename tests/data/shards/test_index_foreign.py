@@ -20,6 +20,7 @@ import webdataset
 from tests.conftest import draw_photo
 from tests.processes import without_root
 from triderm_dist.checksums import write_checked_json
+from triderm_dist.commands.index import IndexConfig, main
 from triderm_dist.data.problems import InvalidLesions, write_problems
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards import scan_tar
@@ -593,10 +594,19 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_read_only_folder_is_refused_before_the_scan(tmp_path):
     write_foreign(tmp_path / "foreign")
     (tmp_path / "foreign").chmod(0o555)
-    done = without_root("index", f"folder={tmp_path}/foreign", folder=tmp_path)
+    done = without_root("index", f"folder={tmp_path}/foreign", "task=milk10k", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
         rf"error: {tmp_path}/foreign: read-only for this user; .* file://{tmp_path}/foreign .* output=FOLDER\n",
         done.stderr,
     )
     assert not (tmp_path / "foreign.index.part").exists()
+
+
+def test_the_task_that_is_assumed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_foreign(tmp_path / "theirs", lesions=9)
+    main(IndexConfig(folder=str(tmp_path / "theirs")))
+    note = "note: no task= is set and the folder has no task.yaml: the tars are read as those of MILK10k"
+    assert note in capsys.readouterr().out
+    main(IndexConfig(folder=str(tmp_path / "theirs"), task="milk10k"))
+    assert note not in capsys.readouterr().out

@@ -35,9 +35,9 @@ MAX_WORDS = 3
 _LIKELY = {
     "diagnosis": (r"dx", r"diagnos(is|tic|is_1)", r"diagn\w*", r"label|class|target|category"),
     "lesion_id": (r"lesion_id|lesion", r"l(e|é|ä|ae)si(o|ó)n\w*", r"case_num|case_id|case"),
-    "group": (r"patient_id|patient", r"pa[tc]ient\w*", r"subject_id|subject|person_id"),
+    "group": (r"patient_id|patient", r"pa[tc]ient\w*", r"subject_id|subject|person_id", r"pat_?(id|nr|no|num\w*)"),
 }
-"""Regular expressions for column names (case-insensitive), the most likely first."""
+"""Regular expressions for column names as `_joined` writes them (case-insensitive), the most likely first."""
 _NOT_INPUTS = re.compile(
     r"(^|_)(dx|diag\w*|histo(log\w*|path\w*)?|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|"
     r"score|difficulty|notes?|comments?|remarks?|bemerkung(en)?|kommentare?)($|_)",
@@ -87,7 +87,8 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         raise DataError(f"{folder}: {why_no_folder(folder)}; give the folder that holds the table and the photos")
     photos = PhotoFinder([folder]).names
     if not photos:
-        raise DataError(f"{folder}: no photo ({READ_FORMATS}) in this folder")
+        tars = "; tars are read by triderm index, with a task.yaml that you write" if any(folder.glob("*.tar")) else ""
+        raise DataError(f"{folder}: no photo ({READ_FORMATS}) in this folder{tars}")
     table, images = _find_images(folder, photos)
     unused = {name: _column(table, name) for name in table.header if name not in images}
     given = {role: _spelled(table, unused, role, name) for role, name in (roles or {}).items()}
@@ -252,7 +253,12 @@ def _take(unused: dict[str, _Column], role: str, given: Mapping[str, str]) -> st
 
 def _likely(unused: Mapping[str, _Column], role: str) -> list[str]:
     """Return the columns whose names match a role, the most likely first."""
-    return [name for pattern in _LIKELY[role] for name in unused if re.fullmatch(pattern, name, re.IGNORECASE)]
+    return [name for pattern in _LIKELY[role] for name in unused if re.fullmatch(pattern, _joined(name), re.I)]
+
+
+def _joined(name: str) -> str:
+    """Return the name of a column with blanks, hyphens and other separators as underscores."""
+    return re.sub(r"\W+", "_", name).strip("_")
 
 
 def _views_of_rows(unused: dict[str, _Column], texts: str, given: str | None) -> tuple[str | None, list[str]]:
@@ -379,10 +385,10 @@ def _fields(unused: Mapping[str, _Column], finer: set[str]) -> tuple[list[str], 
     fields, not_used, names = [], [], set[str]()
     for column in unused.values():
         counts = column.counts
-        name = re.sub(r"\W+", "_", column.name.lower()).strip("_")
+        name = _joined(column.name.lower())
         name = name if name.isidentifier() and name not in names else f"field_{len(names) + 1}"
         keys = {"name": name, "column": _text(column.name)}
-        if _NOT_INPUTS.search(column.name):
+        if _NOT_INPUTS.search(_joined(column.name)):
             not_used.append(f"#   {column.name}: it may follow from the diagnosis")
         elif column.name in finer:
             not_used.append(f"#   {column.name}: each of its words has one diagnosis only; finer labels (fine)?")

@@ -35,7 +35,10 @@ def find_table(source: Path, task: Task) -> Path:
         raise DataError(f"{source}: no such folder; give the folder that holds the table and the photos")
     tables = find_tables(source)
     if not tables:
-        raise DataError(f"{source}: no table (.csv, .tsv, .txt, .xlsx or .parquet) in this folder")
+        raise DataError(
+            f"{source}: no table (.csv, .tsv, .txt, .xlsx or .parquet) in this folder; photos without one are predicted "
+            f"by triderm predict run=RUN input={source}"
+        )
     wanted = {name.lower() for name in image_columns(task)}
     found, errors = list[Path](), list[DataError]()
     for path in tables:
