@@ -63,7 +63,8 @@ def run_trials(run: SearchRun, space: Space, log: Callable[[str], None]) -> None
     settings, root = run.search, run.search_folder.resolve()
     own = own_settings(run.experiment.models[run.model], space)
     needs, concurrent = _allocate(settings, settings.trials)
-    log(f"{counted(settings.trials, 'trial')} of {run.model} over {', '.join(space)}, {concurrent} at once" + _workers_text(settings))
+    trials = f"{counted(settings.trials, 'trial')} of {run.model}"
+    log(f"{trials} over {', '.join(space)}, {concurrent} at once" + _workers_text(settings))
 
     def settings_of(number: int, sampled: Mapping[str, Any]) -> dict[str, Any]:
         return own if number == BASELINE else {key: rounded(value) for key, value in sampled.items()}

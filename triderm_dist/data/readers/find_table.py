@@ -36,8 +36,8 @@ def find_table(source: Path, task: Task) -> Path:
     tables = find_tables(source)
     if not tables:
         raise DataError(
-            f"{source}: no table (.csv, .tsv, .txt, .xlsx or .parquet) in this folder; photos without one are predicted "
-            f"by triderm predict run=RUN input={source}"
+            f"{source}: no table (.csv, .tsv, .txt, .xlsx or .parquet) in this folder; photos without one are "
+            f"predicted by triderm predict run=RUN input={source}"
         )
     wanted = {name.lower() for name in image_columns(task)}
     found, errors = list[Path](), list[DataError]()
