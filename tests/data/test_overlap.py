@@ -118,6 +118,31 @@ def test_equal_photos_are_found_by_reading_few(copied, monkeypatch):
     assert rows_with_equal_photo(main, main).tolist() == []
 
 
+def test_bounds_leave_out_no_similar_photo(monkeypatch):
+    """The result is that of comparing all edges with all others."""
+    monkeypatch.setattr(overlap, "BLOCK", 32)
+    generator = np.random.default_rng(0)
+    cells = generator.integers(60, 200, (60, 4, 4, 3))
+
+    def drawn(cells: np.ndarray) -> np.ndarray:
+        return np.kron(cells, np.ones((1, 4, 4, 1)))  # has few components, as photos have
+
+    def noisy(deviation: float) -> np.ndarray:
+        return drawn(cells + generator.normal(0, deviation, cells.shape)) + generator.normal(0, 1, (60, 16, 16, 3))
+
+    main = np.concatenate([noisy(2), drawn(cells), noisy(4), np.full((3, 16, 16, 3), 90)]).clip(0, 255).astype(np.uint8)
+    own = np.concatenate([*map(noisy, range(3, 24, 3)), np.zeros((2, 16, 16, 3)), drawn(cells[:, ::-1])])
+    own = own.clip(0, 255).astype(np.uint8)
+    best, at = (edges(own) @ edges(main).T).max(1)
+    expected = [(row, int(at[row])) for row in np.flatnonzero(best.numpy() >= SIMILAR)]
+    assert 100 < len(expected) < 400
+    found = list(overlap._similar(own[:, None], np.ones((len(own), 1), bool), main, CPU))
+    assert [(row, main_row) for row, main_row, _ in found] == expected
+    np.testing.assert_allclose([similarity for *_, similarity in found], best[[row for row, _ in expected]], atol=1e-6)
+    for few in (main[:0], main[:1]):
+        assert [row for row, *_ in overlap._similar(main[:2, None], np.ones((2, 1), bool), few, CPU)] == [0] * len(few)
+
+
 def test_a_set_shares_all_photos_with_itself_and_none_with_another(tmp_path):
     main, other = main_set(tmp_path / "main"), other_set(tmp_path / "other")
     own, others = (computed(index, tmp_path) for index in (main, other))

@@ -34,6 +34,12 @@ CHUNK = 1024
 """Lesions per file."""
 BLOCK = 4096
 """Photos of one set that are compared at a time."""
+COMPONENTS = 32
+"""Principal components of edges that bound a correlation, which takes a 44th of the multiplications."""
+SAMPLED = 512
+"""Photos whose edges the components are of."""
+ROUNDING = 0.005
+"""More than the rounding error of a bound, also of one that a GPU multiplies in TF32."""
 MOST_READ = 100_000
 """Photos that `rows_with_equal_photo` reads at most: seconds on a local disk."""
 
@@ -194,17 +200,40 @@ def _similar(
 ) -> Iterator[tuple[int, int, float]]:
     """Yield (lesion, photo of `main`, similarity) of similar photos, of each photo the most similar one.
 
+    A correlation is computed only where its bound (`_bounding`) reaches `SIMILAR`, which the bounds of few pairs do.
     thumbnails: (n, views, ...), present: (n, views), main: (m, ...).
     """
     lesions, views = np.nonzero(present)
     photos = thumbnails[lesions, views]
+    if not len(main):
+        return
+    sample = edges(main[:: -(-len(main) // SAMPLED)]).to(device)
+    components = torch.linalg.svd(sample, full_matrices=False).Vh[:COMPONENTS]
+    parts = (main[first : first + BLOCK] for first in range(0, len(main), BLOCK))
+    bounding = torch.cat([_bounding(edges(part).to(device), components) for part in parts])
     for start in range(0, len(photos), BLOCK):
         own = edges(photos[start : start + BLOCK]).to(device)
+        own_bounding = _bounding(own, components)
         best = torch.full((len(own),), -1.0, device=device)
         at = torch.zeros(len(own), dtype=torch.int64, device=device)
         for first in range(0, len(main), BLOCK):
-            most, where = (own @ edges(main[first : first + BLOCK]).to(device).T).max(1)
-            at = torch.where(most > best, where + first, at)
-            best = torch.maximum(best, most)
+            near = own_bounding @ bounding[first : first + BLOCK].T >= SIMILAR - ROUNDING
+            rows, columns = near.any(1).nonzero().flatten(), near.any(0).nonzero().flatten()
+            if not len(rows):
+                continue
+            others = edges(main[first + columns.cpu().numpy()]).to(device)
+            most, where = (own[rows] @ others.T).max(1)
+            better = most > best[rows]
+            rows = rows[better]
+            best[rows], at[rows] = most[better], first + columns[where[better]]
         for i in torch.nonzero(best >= SIMILAR).flatten().tolist():
             yield int(lesions[start + i]), int(at[i]), float(best[i])
+
+
+def _bounding(edges: torch.Tensor, components: torch.Tensor) -> torch.Tensor:
+    """Return (n, k + 1) vectors whose products are at least those of the edges (n, D), by Cauchy-Schwarz.
+
+    They are the products with the orthonormal components (k, D), and the length of the remainder.
+    """
+    own = edges @ components.T
+    return torch.cat([own, (edges - own @ components).norm(dim=1, keepdim=True)], 1)
