@@ -88,6 +88,12 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(views=[{"name": "clinical"}, {"name": "dermoscopic"}]), "columns.view: name the column"),
         (changed(columns={"image": {"clinical": "a"}}), "columns.image: needs a column for each view: dermoscopic"),
         (changed(concepts={"prefix": "x", "names": ["y"]}), "not both"),
+        (changed(concepts={"names": ["y"], "words": {"present": 5}}), "the score of 'present' is 5; write one from 0"),
+        (changed(concepts={"names": ["y"], "words": {"No": 0, "no": 1}}), "concepts.words: 'no' is written twice"),
+        (
+            changed(fields=[{"name": "age", "column": "age", "kind": "number", "high": 10**400}]),
+            "fields[0].high: expected a number, got 1000",
+        ),
         (changed(fields=[{"name": "age", "column": "age", "kind": "numeric"}]), "known are number, category"),
         (changed(fields=[*SMALL["fields"], *SMALL["fields"]]), "'age' is written twice"),
         (

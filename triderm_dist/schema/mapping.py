@@ -77,7 +77,7 @@ def _text(value: Any, at: str) -> str:
 def _number(value: Any, at: str) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isfinite(number):
         return number

@@ -269,6 +269,10 @@ class Task:
             yield "concepts: write a prefix or names, not both"
         if twice := _twice(_lower(self.concepts.names)):
             yield f"concepts: {twice!r} is written twice"
+        if twice := _twice(_lower(self.concepts.words)):
+            yield f"concepts.words: {twice!r} is written twice (in any case)"
+        if wrong := next((word for word, score in self.concepts.words.items() if not 0 <= score <= 1), None):
+            yield f"concepts.words: the score of {wrong!r} is {self.concepts.words[wrong]:g}; write one from 0 to 1"
         if twice := _twice(each.name for each in self.fields) or _twice(each.column.lower() for each in self.fields):
             yield f"fields: the name or column {twice!r} is written twice"
         if self.fine:

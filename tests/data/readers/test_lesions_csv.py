@@ -247,6 +247,43 @@ def test_photo_name_that_several_files_have(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("cells", "says"),
+    [
+        ((("a", "b"), ("c", "a")), "row 3: photo a occurs twice, first in row 2; remove one"),
+        ((("a", "b"), ("c", "c.jpg")), "row 3: photo c.jpg occurs twice, in near and derm; remove one"),
+        ((("u/a", "b"), ("u/b", "u/a")), "row 3: photo https://h.org/a occurs twice, first in row 2; remove one"),
+        ((("u/a", "b"), ("u/b", "c")), None),
+    ],
+)
+def test_photo_is_in_one_row_and_column(tmp_path: Path, cells: list[tuple[str, str]], says: str | None) -> None:
+    rows = [
+        {"near": clinical.replace("u/", "https://h.org/"), "derm": other.replace("u/", "https://h.org/"), "dx": "NV"}
+        for clinical, other in cells
+    ]
+    write(tmp_path, rows, ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    task = task_of(columns={"image": {"clinical": "near", "dermoscopic": "derm"}, "diagnosis": "dx"})
+    if says:
+        with pytest.raises(InvalidLesions) as error:
+            read_lesions(tmp_path, task)
+        assert says in str(error.value)
+    dataset = read_lesions(tmp_path, task, invalid="drop")
+    unused = 4 - len({cell.removesuffix(".jpg") for row in cells for cell in row if "/" not in cell})
+    assert len(dataset.lesions) == (1 if says else 2) and f"{unused} photos are not in table.csv" in dataset.notes
+
+
+def test_two_spellings_of_a_column_in_a_task(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    task = task_of(columns={**PER_PHOTO["columns"], "group": "LESION"})
+    assert [lesion.group for lesion in read_lesions(write(tmp_path, rows), task).lesions] == ["L0", "L1", "L2", "L3"]
+
+
+def test_diagnosis_may_be_one_of_the_words_that_mean_a_missing_value(tmp_path: Path) -> None:
+    rows = [{**row, "dx": row["dx"].replace("NV", "unk")} for row in rows_of_photos()]
+    task = task_of(diagnoses=[*PER_PHOTO["diagnoses"], {"name": "UNK"}])
+    assert labels(read_lesions(write(tmp_path, rows), task)) == [0, 2, 1, UNLABELED]
+
+
 @pytest.mark.parametrize("missing_view", ["refuse", "mark"])
 def test_photo_in_another_format_is_refused_by_name(tmp_path: Path, missing_view: Literal["refuse", "mark"]) -> None:
     rows = rows_of_photos()

@@ -19,7 +19,7 @@ def test_parquet_is_read_as_a_csv_of_it(tmp_path: Path, monkeypatch: pytest.Monk
     columns = {
         "lesion_id": pa.array([" a ", "b", "\u00e9", None], pa.large_string()),
         "Sex": pa.array(["m", None, "f", None]).dictionary_encode(),
-        "age": pa.array([55.0, None, 3.0, math.nan]),
+        "age": pa.array([55.0, -math.inf, 3.0, math.nan]),
         "score": pa.array([0.1, 1e-7, 1, None], pa.float32()),
         "count": pa.array([1, 2, 2**60, None], pa.int64()),
         "none": pa.array([None] * 4, pa.null()),
@@ -27,7 +27,7 @@ def test_parquet_is_read_as_a_csv_of_it(tmp_path: Path, monkeypatch: pytest.Monk
         "day": pa.array([datetime.date(2020, 1, 2), None, None, None]),
     }
     expected = {
-        "lesion_id": ["a", "b", "\u00e9"], "sex": ["m", "", "f"], "age": ["55", "", "3"],
+        "lesion_id": ["a", "b", "\u00e9"], "sex": ["m", "", "f"], "age": ["55", "-inf", "3"],
         "score": ["0.1", "1e-7", "1"], "count": ["1", "2", str(2**60)], "none": [""] * 3,
         "biopsied": ["true", "false", ""], "day": ["2020-01-02", "", ""],
     }  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ class _Files:
 class PhotoFinder:
     """Finds the path of a photo by its id, file name or path, after walking the folders once.
 
-    paths: of all photos.  unused: the number of photos that no call has returned.
+    paths: of all photos, and then the URLs that were found.  files: the number of photos in the folders.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -75,7 +76,7 @@ class PhotoFinder:
             files = self._photos if suffix in PHOTO_SUFFIXES else self._others
             files.add(f"{parent}/{name}", _composed(name[: -len(suffix)] if suffix else name))
         self.paths = self._photos.paths
-        self.unused = len(self.paths)
+        self.files = len(self.paths)
 
     @property
     def names(self) -> set[str]:
@@ -101,8 +102,7 @@ class PhotoFinder:
             raise self._not_found(stem)
         if len(found) > 1:
             paths = {self.paths[at]: at for at in found}
-            found = [paths[_choose([*paths], cell, stem, lesion_id)]]
-        self.unused -= 1
+            return paths[_choose([*paths], cell, stem, lesion_id)]
         return found[0]
 
     def find_all(self, cells: Sequence[str]) -> np.ndarray:
@@ -112,8 +112,20 @@ class PhotoFinder:
         for at, (place, stem) in enumerate(zip(found.tolist(), stems, strict=True)):
             if place >= 0 and (_stem(self.paths[place]) != stem or is_photo_url(cells[at])):
                 found[at] = -1
-        self.unused -= int((found >= 0).sum())
         return found
+
+    def first_of_equal(self) -> np.ndarray:
+        """Return for each of `paths` its own position, for a URL that was found before that of the first one (P,)."""
+        result = np.arange(len(self.paths))
+        if len(result) == self.files:
+            return result
+        hashes = np.fromiter(map(hash, islice(self.paths, self.files, None)), np.int64, len(result) - self.files)
+        _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
+        same = self.files + first[number]
+        for at in (self.files + np.flatnonzero(same != result[self.files :])).tolist():
+            if self.paths[at] == self.paths[own := int(same[at - self.files])]:
+                result[at] = own
+        return result
 
     def _not_found(self, stem: str) -> ValueError:
         """Return the error for a photo without a file of its name; it names a file of a similar name, if any."""

@@ -6,7 +6,7 @@ A row is a lesion, with a column of photos per view, or a photo, with a column t
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,8 @@ class LesionBuilder:
     columns: ParsedColumns
     photos: PhotoFinder
     mark_missing: bool = False
+    _unused: int = field(default=0, init=False)
+    """Photos in the folders that no row names."""
 
     @property
     def table(self) -> Table:
@@ -100,6 +102,7 @@ class LesionBuilder:
         task = self.task
         images = [self._paths(column) for column in image_columns(task)]
         self.photos.clear()
+        self._refuse_repeated_photos(np.stack(images, 1))
         if task.row_per_photo:
             rows = self.columns.rows_by_view(self.columns.views())
             return rows, {
@@ -146,14 +149,30 @@ class LesionBuilder:
                 except ValueError as error:
                     wrong.append((row, "unreadable photo", f"{column}: {error}"))
             start += len(texts)
-        if twice := _repeated(found, len(self.photos.paths)):
-            cells = dict(zip(twice, self.columns.cells_of(column, list(twice)), strict=True))
-            for row, other in twice.items():
-                what = f"photo {cells[row]} occurs twice, first in row {self.table.numbers[other]}; remove one"
-                wrong.append((row, "duplicate photo", what))
         for row, kind, what in sorted(wrong):
             self.columns.add_problem(row, kind, what)
         return found
+
+    def _refuse_repeated_photos(self, found: np.ndarray) -> None:
+        """Make every row that names a photo of an earlier row, or one photo twice, a problem.
+
+        found: (N, columns of photos) positions of photos, -1 for none.
+        """
+        photos = np.where(found >= 0, self.photos.first_of_equal()[found], -1).ravel()
+        places = np.flatnonzero(photos >= 0)
+        first_of_photo = np.full(len(self.photos.paths), -1)
+        first_of_photo[photos[places[::-1]]] = places[::-1]  # the first place of several is written last
+        self._unused = int((first_of_photo[: self.photos.files] < 0).sum())
+        repeated = places[first_of_photo[photos[places]] != places]
+        names = image_columns(self.task)
+        for at, column in enumerate(names):
+            own = repeated[repeated % len(names) == at]
+            rows = (own // len(names)).tolist()
+            earlier = (first_of_photo[photos[own]] // len(names)).tolist()
+            for row, other, cell in zip(rows, earlier, self.columns.cells_of(column, rows), strict=True):
+                where = f"first in row {self.table.numbers[other]}" if row != other else f"in {' and '.join(names)}"
+                what = f"photo {cell} occurs twice, {where}; remove one"
+                self.columns.add_problem(row, "duplicate photo", what)
 
     def _agreed_groups(self, rows: np.ndarray, groups: tuple[np.ndarray, Text] | None) -> tuple[np.ndarray, Text]:
         """Return the group of each lesion (L,), -1 for none, and the names of groups."""
@@ -190,9 +209,9 @@ class LesionBuilder:
     def notes(self, lesions: LesionTable) -> list[str]:
         """Return what was tolerated, with counts, given the lesions that are kept."""
         tolerated: Counter[str] = Counter()
-        for field, column in zip(self.task.fields, lesions.metadata, strict=True):
+        for each, column in zip(self.task.fields, lesions.metadata, strict=True):
             missing = int(np.isnan(column.values()).sum())
-            tolerated[f"without {field.label}"] += missing if field.column in self.table.cells else 0
+            tolerated[f"without {each.label}"] += missing if each.column in self.table.cells else 0
         labels = Counter(dict(zip(*map(np.ndarray.tolist, np.unique(lesions.labels, return_counts=True)), strict=True)))
         tolerated["without a diagnosis"] += labels[UNLABELED] if self.columns.labeled else 0
         if len(self.task.views) > 1:
@@ -205,20 +224,6 @@ class LesionBuilder:
             notes.append(f"no lesion has the diagnosis {', '.join(none)}")
         if unused := [name for name in self.table.header if name not in self.columns.used]:
             notes.append(f"{self.table.path.name}: columns that are not used: {', '.join(unused)}")
-        if others := self.photos.unused:
-            notes.append(f"{others} photos are not in {self.table.path.name}")
+        if self._unused:
+            notes.append(f"{self._unused} photos are not in {self.table.path.name}")
         return [*notes, *spelled_alike(self.columns.names.column, "lesion ids"), *self.columns.notes]
-
-
-def _repeated(found: np.ndarray, photos: int) -> dict[int, int]:
-    """Return {row: first row that names the same photo} of rows that repeat a photo.
-
-    found: (N,) position of each row's photo, -1 for none.  photos: number of all photos.
-    """
-    rows = np.flatnonzero(found >= 0)
-    if len(rows) == 0:
-        return {}
-    first = np.full(photos, -1, np.int32)
-    first[found[rows][::-1]] = rows[::-1]
-    later = rows[first[found[rows]] != rows]
-    return dict(zip(later.tolist(), first[found[later]].tolist(), strict=True))

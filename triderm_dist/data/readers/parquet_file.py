@@ -36,7 +36,7 @@ def as_text(cells: pa.Array, path: Path, name: str) -> pa.Array:
     kind = cells.type
     try:
         if pa.types.is_floating(kind):
-            cells = pc.if_else(pc.is_finite(cells), cells, None)
+            cells = pc.if_else(pc.is_nan(cells), None, cells)
             exact = cells.cast(pa.float64())
             whole = pc.and_(pc.equal(pc.trunc(exact), exact), pc.less(pc.abs(exact), 2.0**53))
             texts = pc.if_else(

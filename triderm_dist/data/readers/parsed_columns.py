@@ -159,7 +159,7 @@ class ParsedColumns:
             return no_labels(len(self.table))
 
         def parse(text: str) -> float:
-            if is_missing(text, task.missing_words):
+            if task.label_of(text) is None and is_missing(text, task.missing_words):
                 return UNLABELED
             return parse_diagnosis(text, task, column)
 

@@ -94,9 +94,9 @@ class StoredCells(Mapping[str, pa.Array]):
     def __len__(self) -> int:
         return len(self._columns)
 
-    def renamed(self, spelling: Mapping[str, str]) -> StoredCells:
-        """Return the same columns under other names. spelling: {name in lower case: new name}."""
-        return StoredCells(self._file, {spelling.get(k.lower(), k): column for k, column in self._columns.items()})
+    def named(self, names: Mapping[str, Sequence[str]]) -> StoredCells:
+        """Return the same columns under other names. names: the new ones of each column."""
+        return StoredCells(self._file, {new: self._columns[name] for name, own in names.items() for new in own})
 
     def parts(self, names: Sequence[str]) -> Iterator[list[pa.Array]]:
         """Yield these columns, one row group of the Parquet file at a time."""
@@ -134,11 +134,17 @@ class Table:
         return find_column(self.cells, *names)
 
     def named(self, known: Iterable[str]) -> Table:
-        """Return the same table; columns that differ from a name in `known` by case only are renamed to it."""
-        spelling = {name.lower(): name for name in known}
+        """Return the same table; columns that differ from a name in `known` by case only are renamed to it.
+
+        A column has each of several such names.
+        """
+        spellings: dict[str, list[str]] = {}
+        for name in dict.fromkeys(known):
+            spellings.setdefault(name.lower(), []).append(name)
+        names = {name: spellings.get(name.lower(), [name]) for name in self.cells}
         if isinstance(self.cells, StoredCells):
-            return replace(self, cells=self.cells.renamed(spelling))
-        return replace(self, cells={spelling.get(name.lower(), name): column for name, column in self.cells.items()})
+            return replace(self, cells=self.cells.named(names))
+        return replace(self, cells={new: self.cells[name] for name, own in names.items() for new in own})
 
     def require(self, names: Iterable[str], advice: str = "") -> None:
         """Raise DataError for the first of these columns that the table lacks."""
