@@ -206,6 +206,9 @@ def test_unreadable_submissions_are_refused_by_file_name(tmp_path: Path) -> None
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             read_submission(path)
+    path.write_bytes(f"lesion_id,decision\nMüller,{DIAGNOSES[0]}\n".encode("latin-1"))  # as Excel may save it
+    with pytest.raises(DataError, match=r"x\.csv: not a CSV file in UTF-8 \('utf-8' codec can't decode"):
+        read_decisions(path, DIAGNOSES)
 
 
 def test_written_submission_scores_equally_in_the_official_scorer(tmp_path: Path) -> None:

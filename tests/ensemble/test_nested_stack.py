@@ -5,6 +5,7 @@ import numpy as np
 from tests.ensemble.conftest import training_rows
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
+from triderm_dist.ensemble.fitted_stacker import fit_stacker
 from triderm_dist.ensemble.nested_stack import NestedStack, choose_columns, nested_stack
 from triderm_dist.predictions import OofTable
 
@@ -31,6 +32,21 @@ def test_labels_of_a_fold_do_not_affect_fits_without_it(table: OofTable) -> None
         rows = table.folds == fold
         np.testing.assert_array_equal(before.without[fold][rows], before.out_of_fold[rows])
         assert np.isfinite(before.without[fold]).all()
+
+
+def test_nested_stack_equals_one_fit_after_the_other(table: OofTable) -> None:
+    table = table.take(np.arange(150))
+    rows, nested = training_rows(table), nested_stack(training_rows(table), table.folds, QUICK, seed=3)
+    for fold in range(3):
+        others = table.folds != fold
+        own = fit_stacker(rows.take(others), QUICK, seed=3)
+        expected = own.predict(rows.source)
+        np.testing.assert_array_equal(nested.out_of_fold[~others], expected[~others])
+        assert nested.stackers[fold].model.model == own.model.model  # type: ignore[attr-defined]
+        for other in {0, 1, 2} - {fold}:
+            inside = table.folds == other
+            expected[inside] = fit_stacker(rows.take(others & ~inside), QUICK, seed=3).predict(rows.source)[inside]
+        np.testing.assert_array_equal(nested.without[fold], expected)
 
 
 def test_two_folds_suffice(table: OofTable) -> None:
