@@ -180,6 +180,23 @@ def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Pa
         fit_ensemble(tmp_path, experiment(tmp_path))
 
 
+def test_a_fold_that_was_trained_again_after_gathering_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, 120)
+    table, config = read_oof(tmp_path / "oof.parquet"), experiment(tmp_path, enabled=False)
+    weights = str(table.hashes["dual_cnn"][table.folds == 1][0])
+    file = tmp_path / "dual_cnn" / "fold-1" / "fold.json"
+    write_checked_json(file, {"weights": weights})
+    fit_ensemble(tmp_path, config)
+    before = (tmp_path / "ensemble.json").read_bytes()
+    write_checked_json(file, {"weights": "again"})
+    with pytest.raises(DataError, match=r"gathered from other networks than that in .*fold-1; run triderm crossval"):
+        fit_ensemble(tmp_path, config)
+    file.write_text("{")
+    with pytest.raises(DataError, match=r"fold\.json: .*; delete .*fold-1 and train this fold again"):
+        fit_ensemble(tmp_path, config)
+    assert (tmp_path / "ensemble.json").read_bytes() == before
+
+
 def test_two_folds_with_one_lesion_of_each_diagnosis_are_fitted(tmp_path: Path) -> None:
     """Nothing is left to fit inner weights and thresholds on; those of the fold are fitted all the same."""
     labels, folds = np.tile(np.arange(C), 2), np.repeat([0, 1], C)
@@ -219,7 +236,8 @@ def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> 
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7))}
     assert score(tmp_path, truth, folder=tmp_path / "refit")["macro_f1"] > 0.6
     assert (tmp_path / "refit" / "heldout.json").exists() and not (tmp_path / "heldout.json").exists()
-    write_predictions(paths[0], replace(read_predictions(paths[0]), refit_of=("other",)), split="test")
+    folds = read_predictions(paths[0])
+    write_predictions(paths[0], replace(folds, refit_of=(*folds.refit_of[1:], "other")), split="test")
     with pytest.raises(DataError, match=r"ensemble.json: was fitted on other weights of trimodal"):
         write_test_results(FittedEnsemble.load(tmp_path), paths, tmp_path / "refit")
     with pytest.raises(DataError, match="networks=refit: the stacker takes fused features"):

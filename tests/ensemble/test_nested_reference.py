@@ -1,5 +1,6 @@
 """The nested estimate equals one in plain loops, in which nothing is shared between folds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,19 @@ from tests.ensemble.conftest import experiment
 from tests.synthetic_run import write_run
 from triderm_dist import intervals, metrics
 from triderm_dist.config import EnsembleConfig
-from triderm_dist.ensemble.calibration import class_prior, fit_temperature
+from triderm_dist.ensemble.calibration import class_prior, fit_temperature, member_probabilities
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.run_files import read_nested
-from triderm_dist.ensemble.thresholds import Resamples, adjusted_thresholds, decide, regularized_thresholds
-from triderm_dist.ensemble.thresholds import thresholdings as thresholdings_of
+from triderm_dist.ensemble.score_table import nested_tau_macro_f1
+from triderm_dist.ensemble.thresholds import (
+    Resamples,
+    Thresholding,
+    adjusted_thresholds,
+    choose_thresholding,
+    decide,
+    regularized_thresholds,
+    thresholdings,
+)
 from triderm_dist.ensemble.weights import fit_weights
 from triderm_dist.predictions import OofTable, read_oof
 
@@ -27,7 +36,7 @@ def nested_in_plain_loops(
     """
     decisions: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
-    thresholdings = thresholdings_of(table.task.decision, config)
+    choices = thresholdings(table.task.decision, config)
     for fold in range(3):
         inside, outside = np.flatnonzero(table.folds == fold), np.flatnonzero(table.folds != fold)
         labels, parts = table.labels[outside], table.folds[outside]
@@ -61,7 +70,7 @@ def nested_in_plain_loops(
         own: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, weights_on in weightings.items():
             best, everything = -1.0, np.ones(len(outside), bool)
-            for rule, shrinkage, tau in thresholdings:
+            for rule, shrinkage, tau in choices:
                 held_out = np.zeros((len(outside), len(table.diagnoses)), bool)
                 for part in np.unique(parts):
                     first, second = weights_on(parts != part)
@@ -110,7 +119,7 @@ def tau_in_plain_loops(table: OofTable, model: str) -> float:
 
 @pytest.mark.parametrize("use", ["ensemble", "auto"])
 def test_nested_estimate_equals_one_in_plain_loops(tmp_path: Path, use: str) -> None:
-    write_run(tmp_path, 160)
+    write_run(tmp_path, 120)
     config = experiment(tmp_path, use=use, enabled=False)
     fit = fit_ensemble(tmp_path, config)
     table, written = read_oof(tmp_path / "oof.parquet"), read_nested(tmp_path / "ensemble_oof.parquet")
@@ -126,7 +135,25 @@ def test_nested_estimate_equals_one_in_plain_loops(tmp_path: Path, use: str) -> 
     if use == "auto":
         counted = f"it scores {metrics.macro_f1(decisions['auto'], table.labels):.3f}"
         assert any(counted in note for note in fit.notes)
-    softmax = [model for model in table.models if table.heads[model] == "softmax"]
-    assert softmax
-    for model in softmax:
-        assert rows[model].argmax_tau == tau_in_plain_loops(table, model)
+
+
+def test_logit_adjustment_takes_prior_and_tau_from_the_other_folds(table: OofTable) -> None:
+    """The diagnoses differ between the folds, and so do the priors of what is left out."""
+    generator = np.random.default_rng(0)
+    folds = np.where(generator.random(len(table)) < 0.8, table.labels % 3, generator.integers(0, 3, len(table)))
+    biased = table.logits["trimodal"] + np.log(class_prior(table.labels, len(table.diagnoses)))
+    for _ in range(5):
+        noisy = {"trimodal": biased + 2 * generator.normal(size=biased.shape)}
+        other = replace(table, folds=folds, logits=noisy)
+        assert nested_tau_macro_f1(other, "trimodal") == pytest.approx(tau_in_plain_loops(other, "trimodal"), abs=1e-12)
+    probabilities = member_probabilities(table, "trimodal")
+    for tau in (0.5, 1.5):
+        choice = Thresholding("nearest", None, tau)
+        _, decisions = choose_thresholding(
+            probabilities[None], lambda rows: np.ones(1), table.labels, folds, [choice], Resamples()
+        )
+        for fold in range(3):
+            prior = class_prior(table.labels[folds != fold], len(table.diagnoses))
+            adjusted = np.log(probabilities[folds == fold]) - tau * np.log(prior)
+            adjusted[:, ~np.isin(np.arange(len(prior)), table.labels[folds != fold])] = -np.inf  # never predicted
+            np.testing.assert_array_equal(decisions[folds == fold], metrics.argmax_decisions(adjusted))
