@@ -294,6 +294,8 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     photos = ["test-0006", "test-0009"]  # the first has the group of a training lesion, too
     assert score(folder, truth, partial=True, with_trained_photo=photos)["in_training"] == 4
     assert not list(folder.glob("*submission*"))
+    write_test_results(FittedEnsemble.load(folder), sorted(folder.glob("*/fold-*/test.parquet")))
+    assert not (folder / "heldout.json").exists()  # the score of earlier results
 
 
 def test_results_do_not_depend_on_how_many_lesions_are_predicted_at_once(
