@@ -336,7 +336,7 @@ def _read_rows(path: Path, header: list[str]) -> Iterator[tuple[str, list[str]]]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack or triderm predict first") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}); run triderm stack or triderm predict again") from None
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}); run triderm predict again") from None
 
 
 def _checked(
