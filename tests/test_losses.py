@@ -271,12 +271,15 @@ def test_loss_without_a_gradient_is_refused(monkeypatch):
         step_of(loss, heads, random_batch(40, 4)[1], torch.ones(40, dtype=torch.bool), [40])
 
 
-@pytest.mark.parametrize("state", ["buffer", "attribute"])
+@pytest.mark.parametrize("state", ["buffer", "number", "tensor"])
 def test_term_that_changes_in_training_is_refused(state, monkeypatch):
     class Counting(LossTerm):
         def __init__(self, settings, class_counts):
             super().__init__(settings, class_counts)
-            self.register_buffer("steps", torch.zeros(())) if state == "buffer" else setattr(self, "steps", 0)
+            if state == "buffer":
+                self.register_buffer("steps", torch.zeros(()))
+            else:
+                self.steps = 0 if state == "number" else torch.zeros(())
             self.count = True
 
         def per_lesion(self, inputs):
@@ -325,6 +328,13 @@ def test_class_weights_smoothing_and_logit_adjustment_when_split(parts):
     for a, b in zip(undivided, split, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-8)
     assert split_values == pytest.approx(undivided_values, rel=1e-5)
+
+
+def test_a_diagnosis_without_lesions_has_a_finite_adjusted_loss():
+    loss = CompoundLoss(LossConfig(logit_adjustment=1.0), "softmax", [0, *COUNTS[1:]])
+    logits, labels = random_batch(9)
+    gradients, values = step_of(loss, [logits.float()] * 3, labels.clamp(min=1), torch.ones(9, dtype=torch.bool), [9])
+    assert all(gradient.isfinite().all() for gradient in gradients) and math.isfinite(values["loss"])
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])

@@ -430,9 +430,11 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
 
 
 def _state(term: nn.Module) -> dict[str, object]:
-    """Return what a term could change: copies of its buffers on the host, and its plain attributes."""
-    plain = {key: each for key, each in vars(term).items() if isinstance(each, int | float | str) and key != "training"}
-    return plain | {key: buffer.detach().cpu().clone() for key, buffer in term.named_buffers()}
+    """Return what a term could change: its plain attributes, and copies of its tensors and buffers on the host."""
+    attributes = {key: each for key, each in vars(term).items() if key != "training"}
+    plain = {key: each for key, each in attributes.items() if isinstance(each, int | float | str)}
+    tensors = {key: each for key, each in attributes.items() if isinstance(each, torch.Tensor)}
+    return plain | {key: each.detach().cpu().clone() for key, each in (tensors | dict(term.named_buffers())).items()}
 
 
 def _equal(one: object, other: object) -> bool:
