@@ -165,7 +165,7 @@ def test_init_reads_names_of_columns_with_blanks_as_those_with_underscores(tmp_p
         for at in range(24)
     ]  # fmt: skip
     folder = write(tmp_path, rows, [f"{row['photo']}.jpg" for row in rows])
-    text = describe_folder(folder)
+    text, _ = describe_folder(folder)
     assert "  lesion_id: Lesion ID\n" in text and "  group: Patient ID #" in text
     assert "#   Biopsy result: it may follow from the diagnosis" in text
     for row in rows:
@@ -260,3 +260,35 @@ def test_check_tells_of_lesions_with_one_photo_and_of_more_problems(tmp_path: Pa
         main(["check", str(folder)])
     shown = capsys.readouterr().out
     assert shown.count("problem: ") == 10 and "14 more problems; triderm pack lists all" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("NV", "nv", "MEL"), ["NV", "MEL"]),
+        (("1", "1.0", "2"), ["1", "2"]),
+        (("unlabelled", "lesion_id", "x y", "X_Y"), ["LESION_ID_2", "UNLABELLED_2", "X_Y_2", "X_Y"]),
+        (("x" * 70 + "a", "x" * 70 + "b"), ["X" * 40, "X" * 40 + "_2"]),
+    ],
+)
+def test_init_takes_diagnoses_of_any_spelling(tmp_path: Path, words: tuple[str, ...], names: list[str]) -> None:
+    rows = [
+        {"photo": f"p{at}", "dx": words[at % len(words)], "kind": ("Derm", "derm", "nah")[at % 3], "lesion": at // 2,
+         "a: b_x": at / 20, "a: b_y": at / 40, "huge": 1.5e308 if at == 3 else at}
+        for at in range(12)
+    ]  # fmt: skip
+    folder = write(tmp_path / "folder", rows)
+    main(["init", str(folder)])
+    task = load_task(folder / "task.yaml")
+    assert sorted(task.diagnosis_names) == sorted(names) and task.concepts.prefix == "a: b_"
+    assert [view.words for view in task.views] == [("nah",), ("derm",)]
+    labels = read_lesions(folder, replace(task, columns=replace(task.columns, lesion_id=None)), "mark").lesions
+    assert all(lesion.label >= 0 for lesion in labels) and len(labels) == 12
+
+
+def test_init_names_the_table_where_several_have_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = clinic(tmp_path)
+    write(folder, rows_of_photos()[:1], [], "a.csv")
+    main(["init", str(folder)])
+    assert f"then: triderm task check {folder}/table.csv\n" in capsys.readouterr().out
+    main(["check", f"{folder}/table.csv"])

@@ -196,3 +196,15 @@ def test_next_command_is_quoted_for_a_shell_and_a_file_is_no_folder(tmp_path: Pa
     done = launch("triderm_dist.commands.demo", "output=file", folder=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: output: file: is a file; name a folder\n"
+
+
+def test_synthetic_numbers_are_within_their_range(tmp_path: Path) -> None:
+    raw = load_task("ham10000").to_mapping()
+    ranges = {"wide": (0.3, 50), "narrow": (0.001, 0.004)}
+    raw["fields"] = [
+        {"name": name, "column": name, "kind": "number", "low": low, "high": high}
+        for name, (low, high) in ranges.items()
+    ]
+    task = Task.from_mapping(raw, "task.yaml")
+    write_set(tmp_path / "set", task, 50, 30, 0)
+    assert len(read_lesions(tmp_path / "set" / "train", task).lesions) >= 50

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 from triderm_dist.cli import run_words
 from triderm_dist.files import write_text
 from triderm_dist.runtime.terminal import counted
-from triderm_dist.schema import ConfigError, Task
+from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, task_names
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from triderm_dist.data.readers.dataset import Dataset
+    from triderm_dist.data.readers.table import Table as CellTable
 
 ROLES = ("diagnosis", "lesion_id", "group", "view")
 """Roles of columns that the user may name if the columns' names do not show them."""
@@ -60,27 +61,32 @@ def main(arguments: list[str]) -> None:
 def init(folder: Path, output: Path, roles: Mapping[str, str]) -> None:
     """Write the description of a folder; `roles`: see `describe_folder`. Raises ConfigError if `output` exists."""
     from triderm_dist.data.readers.describe import describe_folder
+    from triderm_dist.data.readers.find_table import find_table
     from triderm_dist.settings import parse_yaml
 
     if output.exists():
         raise ConfigError(f"{output}: exists; delete it, or choose another output=FILE")
-    text = describe_folder(folder, roles)
+    text, table = describe_folder(folder, roles)
     task = Task.from_mapping(parse_yaml(text, str(output)), str(output))
     write_text(output, text)
-    marks, own = text.count("CHECK") - 1, [] if output == folder / TASK_FILE else [f"task={output}"]
+    try:
+        source = folder if find_table(folder, task) == table.path else table.path
+    except DataError:  # other tables have the columns of photos too
+        source = table.path
+    is_own = output == (source if source == folder else source.parent) / TASK_FILE
+    marks, own = text.count("CHECK") - 1, [] if is_own else [f"task={output}"]
     print(f"{output}: {len(task.diagnoses)} diagnoses, {len(task.fields)} fields, views {', '.join(task.view_names)}")
-    command = ["triderm", "task", "check", str(folder)]
+    command = ["triderm", "task", "check", str(source)]
     print(f"confirm the {counted(marks, 'line')} marked CHECK; then: {shlex.join([*command, *own])}")
-    for name in shipped_tasks_of(folder, task):
+    for name in shipped_tasks_of(table, task):
         print(f"the columns are those of {name}, a task that ships: {shlex.join([*command, f'task={name}'])}")
 
 
-def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
-    """Return the tasks that ship and name only columns of the folder's table."""
-    from triderm_dist.data.readers.find_table import find_table, task_columns
-    from triderm_dist.data.readers.table import read_header
+def shipped_tasks_of(table: CellTable, task: Task) -> list[str]:
+    """Return the tasks that ship, are read as this one is, and name only columns of the table."""
+    from triderm_dist.data.readers.find_table import task_columns
 
-    header = {name.lower() for name in read_header(find_table(folder, task), task.table)}
+    header = {name.lower() for name in table.header}
     tasks = [load_task(name) for name in task_names()]
     return [
         each.name

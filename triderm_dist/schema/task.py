@@ -131,6 +131,8 @@ MISSING_WORDS: tuple[str, ...] = (
 
 DECISIONS: tuple[str, ...] = ("argmax", "threshold", "fitted")
 SUBMISSIONS: tuple[str, ...] = ("milk10k",)
+RESERVED_NAMES: tuple[str, ...] = ("lesion_id", "unlabelled")
+"""Columns of tables of predictions, which no diagnosis can be named like."""
 _NAME = re.compile(r"[^\s,;/\\'\"]{1,60}")
 
 
@@ -250,7 +252,7 @@ class Task:
         if not _NAME.fullmatch(self.name):
             yield f"name {self.name!r} must have 1 to 60 characters, no space, comma, slash or quote"
         for name in names:
-            if not _NAME.fullmatch(name) or name.lower() in ("lesion_id", "unlabelled"):
+            if not _NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
                 yield f"diagnosis {name!r}: its name must have 1 to 60 characters, no space, comma, slash or quote"
         if len(names) < 2:
             yield f"diagnoses: a task needs at least 2, got {len(names)}"

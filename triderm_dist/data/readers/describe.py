@@ -21,6 +21,7 @@ from triderm_dist.files import why_no_folder
 from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import DataError, TableFormat
+from triderm_dist.schema.task import RESERVED_NAMES
 
 MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100
@@ -30,6 +31,8 @@ MIN_COUNTED = 20
 """Rows above which numbers that occur once each, without a gap, are taken for a running number."""
 IMBALANCE = 3
 """How many times as many rows the most frequent diagnosis has as the rarest, above which decisions are fitted."""
+_MANY = 1e300
+"""Numbers above it cannot be multiplied by 1.5."""
 MAX_WORDS = 3
 """Texts that are no numbers in a column of numbers, which may mean a missing value."""
 _LIKELY = {
@@ -60,7 +63,7 @@ _BENIGN = re.compile(
 
 _SCORES = {"absent": 0, "typical": 0, "regular": 0, "present": 1, "atypical": 1, "irregular": 1}
 """Words of dermoscopic criteria, with the score that the seven-point checklist gives them."""
-_WIDTH = 120
+_WIDTH, _NAME_WIDTH = 120, 40
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class _Column:
     numbers: tuple[float, ...]
 
 
-def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str:
-    """Return the text of a task.yaml that reads this folder.
+def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> tuple[str, Table]:
+    """Return the text of a task.yaml that reads this folder, and the table that it describes.
 
     roles: {diagnosis, lesion_id, group or view: column}, for columns whose names do not show their role.
 
@@ -131,7 +134,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         "# argmax (the most probable), fitted (one, by thresholds fitted out of fold), threshold (each above its own)",
         _decision_line(counts),
     ]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, ""]), table
 
 
 def _identifying_columns(
@@ -264,14 +267,14 @@ def _joined(name: str) -> str:
 def _views_of_rows(unused: dict[str, _Column], texts: str, given: str | None) -> tuple[str | None, list[str]]:
     """Remove the column of the photos' views from `unused`; return its name, None if there is none, and YAML lines."""
     if given:
-        words = sorted(unused.pop(given).counts, key=lambda word: _DERMOSCOPIC.search(word) is not None)
+        words = sorted(_spellings(unused.pop(given).counts), key=lambda word: _DERMOSCOPIC.search(word) is not None)
         titles = (("clinical", "close-up"), ("dermoscopic", "dermoscopy"))
         return given, [
             f"  - {{name: {view}, title: {title}, words: [{', '.join(map(_text, part))}]}} # CHECK"
             for (view, title), part in zip(titles, (words[:1], words[1:]), strict=True)
         ]
     for name, column in unused.items():
-        words = list(column.counts)
+        words = _spellings(column.counts)
         dermoscopic = [word for word in words if _DERMOSCOPIC.search(word)]
         clinical = [word for word in words if _CLINICAL.search(word) and word not in dermoscopic]
         if len(words) == 2 and len(dermoscopic) == len(clinical) == 1:
@@ -297,10 +300,10 @@ def _decision_line(counts: Mapping[str, int]) -> str:
 def _diagnoses(table: Table, unused: dict[str, _Column], given: Mapping[str, str]) -> tuple[str | None, dict[str, int]]:
     """Remove the column(s) of diagnoses from `unused`; return its name, None for one-hot columns, and {word: rows}."""
     for name in [given["diagnosis"]] if "diagnosis" in given else _likely(unused, "diagnosis"):
-        words = unused[name].counts
+        words = _categories(unused[name].counts)
         if 2 <= len(words) <= MAX_DIAGNOSES:
             del unused[name]
-            return name, dict(words)
+            return name, words
     truth = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
     binary = [
         name
@@ -324,12 +327,13 @@ def _diagnoses(table: Table, unused: dict[str, _Column], given: Mapping[str, str
 
 
 def _diagnosis_lines(words: Mapping[str, int]) -> list[str]:
-    lines, used = [], set[str]()
+    lines, used = [], {*RESERVED_NAMES}
     for word, count in sorted(words.items(), key=lambda each: (-each[1], each[0].lower())):
-        name = re.sub(r"[^\w+-]+", "_", word.upper()).strip("_") or "DIAGNOSIS"
-        while name in used:
+        name = re.sub(r"[^\w+-]+", "_", word.upper())[:_NAME_WIDTH].strip("_") or "DIAGNOSIS"
+        others = {each.lower() for each in words if each != word}
+        while name.lower() in used | others:
             name += "_2"
-        used.add(name)
+        used.add(name.lower())
         malignant = "true" if _MALIGNANT.fullmatch(word) else "false" if _BENIGN.fullmatch(word) else "null"
         keys = {"name": name}
         if name.lower() != word.lower():
@@ -354,7 +358,7 @@ def _concept_prefix(unused: dict[str, _Column]) -> list[str]:
         return []
     for name in groups[prefix]:
         del unused[name]
-    return ["# Scores from 0 to 1.", f"concepts: {{prefix: {prefix}}}"]
+    return ["# Scores from 0 to 1.", f"concepts: {{prefix: {_text(prefix)}}}"]
 
 
 def _criteria(unused: dict[str, _Column]) -> list[str]:
@@ -438,6 +442,8 @@ def _above(number: float) -> float:
     """Return a round number of at least 1.5 times `number`, since rows to come may exceed those seen."""
     if number <= 1:
         return float(number > 0)
+    if number > _MANY:
+        return number
     power = 10.0 ** math.floor(math.log10(1.5 * number))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 1.5 * number)
 
@@ -449,6 +455,11 @@ def _categories(counts: Counter[str]) -> dict[str, int]:
     for word, count in counts.items():
         total[spelling[word.lower().removesuffix(".0")]] += count
     return dict(sorted(total.items()))
+
+
+def _spellings(counts: Counter[str]) -> list[str]:
+    """Return the words, of those that differ in case one."""
+    return [*{word.lower(): word for word in counts}.values()]
 
 
 def _entry(keys: Mapping[str, str], comment: str, categories: Mapping[str, int] | None = None) -> list[str]:

@@ -73,7 +73,8 @@ def _smallest(parts: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> tuple[
         known = own[~np.isnan(own)]
         high = max(high, known.max(initial=0.0))
         nonnegative = nonnegative and not np.signbit(known).any() and bool(np.isfinite(known).all())
-        single = single and np.array_equal(known.astype(np.float32), known)
+        with np.errstate(over="ignore"):  # to infinity, which is not equal
+            single = single and np.array_equal(known.astype(np.float32), known)
     for divisor in _DIVISORS if nonnegative else ():
         if high * divisor >= np.iinfo(np.uint32).max - 1:
             break

@@ -171,7 +171,8 @@ def draw_cell(generator: np.random.Generator, field: MetadataField, level: float
         high = min(field.high, field.scale_end)
         share = generator.random() if level is None else np.clip(generator.normal(0.25 + 0.5 * level, 0.12), 0, 1)
         number = field.low + float(share) * (high - field.low)
-        return f"{number:.0f}" if high - field.low > 20 else f"{number:.2f}"
+        text = f"{number:.0f}" if high - field.low > 20 else f"{number:.2f}"
+        return text if field.low <= float(text) <= field.high else str(number)
     count = len(field.categories)
     away = np.zeros(count) if level is None else (np.arange(count) / (count - 1) - level) / 0.7
     weights = np.exp(-(away**2))
