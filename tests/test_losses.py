@@ -302,8 +302,12 @@ def test_terms_that_cannot_be_trained_are_refused(monkeypatch):
             super().__init__(settings, class_counts)
             self.scale = torch.nn.Parameter(torch.ones(()))
 
+        def per_lesion(self, inputs):
+            return self.scale * inputs.probabilities.sum(1)
+
     for name, term, message in (
         ("scaled", Scaled, "no optimizer trains its parameter scale; make it a buffer"),
+        ("unfinished", type("Unfinished", (LossTerm,), {}), "' of LOSS_TERMS has no method per_lesion"),
         ("function", cross_entropy, "' of LOSS_TERMS is no subclass of LossTerm"),
         ("module", torch.nn.CrossEntropyLoss, "' of LOSS_TERMS is no subclass of LossTerm"),
     ):

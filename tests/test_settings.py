@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from triderm_dist.runtime.messages import unsafe_character
 from triderm_dist.schema import ConfigError
@@ -267,3 +267,16 @@ def test_types_are_described_in_yaml_terms():
 def test_sections_are_hashed_by_value():
     sections = [Inner(free={"a": 1}), Inner(free={"a": 1}), Inner(free={"a": 2})]
     assert len(set(sections)) == 2
+
+
+def test_error_without_a_text():
+    class Silent(Section):
+        number: int = 1
+
+        @field_validator("number")
+        @classmethod
+        def _refuse(cls, number: int) -> int:
+            raise ValueError
+
+    with pytest.raises(ConfigError, match=r"number: not valid \(got 2\)"):
+        validate(Silent, {"number": 2})

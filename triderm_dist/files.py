@@ -424,6 +424,11 @@ def is_writable(folder: Path) -> bool:
     return os.access(existing, os.W_OK | os.X_OK)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `~` replaced; that of an unknown user stays as it is, so that there is no such file."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
     """Return the folder of this user's caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triderm-dist"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triderm-dist"

@@ -6,6 +6,7 @@ and how its value follows from these sums; `CompoundLoss` derives everything tha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -131,7 +132,7 @@ class LossInputs:
         return probabilities(self.logits, self.head)
 
 
-class LossTerm(nn.Module):
+class LossTerm(nn.Module, ABC):
     """A term of the loss. By default the mean of `per_lesion` over the lesions of the global batch.
 
     A subclass that overrides `value` may be any differentiable function of sums over lesions, such as a ratio. Padding,
@@ -152,11 +153,11 @@ class LossTerm(nn.Module):
         super().__init__()
         self.settings = settings
 
+    @abstractmethod
     def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
         """Return what is summed over lesions, with gradient: (B,), or (B, ...) for a `value` of several sums, of the
         same shape (...) in every batch.
         """
-        raise NotImplementedError
 
     def value(self, sums: torch.Tensor, count: Count) -> torch.Tensor:
         """Compute the term's value, a scalar, from the sums (...) over all `count` lesions of the global batch."""
@@ -424,8 +425,6 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
             f"train.loss.terms.{name}: no optimizer trains its parameter {trained[0]}; make it a buffer, or train it "
             "in a network"
         )
-    if kind.per_lesion is LossTerm.per_lesion:
-        raise ConfigError(f"train.loss.terms.{name}: {kind.__name__} has no method per_lesion")
     return term
 
 

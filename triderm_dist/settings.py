@@ -332,7 +332,7 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
         return f"{key or 'settings'}: a section of settings; write {key}.NAME=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first.get("input"), dict) else f" (got {_shown(first.get('input'))})"
-    return f"{key or 'settings'}: {message[0].lower()}{message[1:]}{got}"
+    return f"{key or 'settings'}: {message[:1].lower()}{message[1:] or 'not valid'}{got}"
 
 
 def _shown(value: Any) -> str:
@@ -353,6 +353,22 @@ def _nearest(kind: type[Section], key: str) -> str | None:
         key = ".".join([parts[0], "NAME", *parts[2:]])
     near = nearest(key, spelled)
     return spelled[near] if near else None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `untyped` would read as another type: PyYAML takes 12e5 for text."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = None if untyped(Plain(text)) == text else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Write a mapping as YAML, in its order; `untyped` of what `parse_yaml` reads equals it."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------

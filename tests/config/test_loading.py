@@ -135,3 +135,22 @@ def test_failing_plugin_import_gives_one_line(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as raised:
         load(Experiment, None, [f"plugins=[{tmp_path}/broken.py]"])
     assert "\n" not in str(raised.value) and not any("plugin_broken" in name for name in sys.modules)
+
+
+@pytest.mark.parametrize("words", [["run=~no-such-user/x"], ["plugins=~no-such-user/x.py"]])
+def test_folder_of_an_unknown_user_is_refused(words):
+    with pytest.raises(ConfigError, match=r"(?i)~no-such-user/x.*no such f"):
+        load(Experiment, None, words)
+
+
+def test_file_of_an_unknown_user_is_refused(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: ~no-such-user/x.yaml\n")
+    for file in ("~no-such-user/x.yaml", tmp_path / "own.yaml"):
+        with pytest.raises(ConfigError, match=r"~no-such-user/x\.yaml: no such file"):
+            load(Experiment, file)
+
+
+def test_plugin_that_is_a_program_does_not_end_this_one(tmp_path):
+    (tmp_path / "program.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ConfigError, match=r"program\.py, line 2: SystemExit: 0"):
+        load(Experiment, None, [f"plugins={tmp_path}/program.py"])

@@ -115,6 +115,8 @@ def test_unknown_kinds_and_settings_are_refused(prior: StackConfig) -> None:
 def test_entries_that_are_no_stacker_are_refused(monkeypatch) -> None:
     for entry, message in (
         (dict, r"stack\.kind: 'other' of STACKERS is no subclass of Stacker"),
+        (type("Other", (Stacker,), {}), r"stack\.kind: 'other' of STACKERS has no method fit"),
+        (type("Other", (PriorStacker,), {"packages": "sklearn"}), r"packages of 'other' is a text; write \('skl"),
         (type("Other", (PriorStacker,), {"suffix": ".json"}), r"'other' has the suffix \.json, which is in use"),
     ):
         monkeypatch.setitem(STACKERS, "other", entry)
@@ -232,6 +234,16 @@ def test_stacker_whose_fit_returns_nothing_is_refused(table: OofTable, monkeypat
     )
     with pytest.raises(ConfigError, match="fit of 'nothing' returned NoneType, not a Nothing"):
         fit_stacker(training_rows(table), StackConfig(kind="nothing"))
+
+
+def test_load_of_a_stacker_that_returns_nothing_is_refused(
+    table: OofTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("Nothing", (PriorStacker,), {"load": classmethod(lambda cls, path, description: None)})
+    monkeypatch.setitem(STACKERS, "nothing", kind)
+    fit_stacker(training_rows(table), StackConfig(kind="nothing")).save(tmp_path / "stack.json", milk10k_task())
+    with pytest.raises(ConfigError, match="load of 'nothing' returned a NoneType, not the stacker"):
+        FittedStacker.load(tmp_path / "stack.json")
 
 
 def test_save_of_a_stacker_that_returns_no_mapping_is_refused(

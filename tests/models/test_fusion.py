@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from triderm_dist.models.concepts import SemanticTokens
 from triderm_dist.models.fusion import STAGES, CrossAttention, FusionBlock, GlobalPooling
+from triderm_dist.schema import MetadataField
 from triderm_dist.tasks import milk10k_task
 
 CONCEPTS = tuple("abcdef")
@@ -163,3 +165,15 @@ def test_block_without_a_stage_ignores_its_context(stage: str) -> None:
     assert torch.equal(block(derm, clin, semantic), before)
     contexts[rest[0]].mul_(7)
     assert not torch.equal(block(derm, clin, semantic), before)
+
+
+@pytest.mark.parametrize("name", ["training", "meanings", "names", "forward", "keys"])
+@pytest.mark.parametrize("kind", ["number", "category"])
+def test_field_may_have_the_name_of_an_attribute(name: str, kind: Any) -> None:
+    field = MetadataField(name, name, kind, categories=() if kind == "number" else ("a", "b"))
+    tokens = SemanticTokens(("c",), [field], 8)
+    assert tokens.names == ("c", name, "null")
+    assert tokens(torch.zeros(2, 1), torch.zeros(2, 1)).shape == (2, 3, 8)
+    (prefix,) = tokens.meanings.keys() - {"concepts"}
+    assert any(parameter.startswith(f"{prefix}.") for parameter, _ in tokens.named_parameters())
+    assert tokens.meanings == {"concepts": ["c"], prefix: field.meaning()}

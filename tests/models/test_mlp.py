@@ -75,6 +75,12 @@ def test_fewer_lesions_than_components_give_finite_ones() -> None:
         assert all(torch.isfinite(each).all() for each in outputs)
 
 
+def test_components_of_a_single_lesion_are_zero() -> None:
+    layer = MeanComponents([8], 4, used=True)
+    layer.fit(torch.randn(1, 8))
+    assert (layer(torch.randn(3, 2, 8), torch.ones(3, dtype=torch.bool)) == 0).all()
+
+
 def test_mean_tokens_give_what_all_tokens_give() -> None:
     network, inputs = fitted(), tokens()
     means = [inputs[0].mean(1, keepdim=True), inputs[1].mean(1, keepdim=True), *inputs[2:]]

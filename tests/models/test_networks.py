@@ -431,11 +431,13 @@ def test_exported_network_takes_any_batch_size(kind: str, shared: bool) -> None:
     [
         (lambda z, x: z, "returned a Tensor, not Outputs"),
         (lambda z, x: (z, z, z, x), "returned a tuple, not Outputs"),
-        (lambda z, x: Outputs(z[:, :5], z, z, x), "returned logits, torch.float32 (4, 5), not a tensor (B, 11)"),
+        (lambda z, x: Outputs(z[:, :5], z, z, x), "returned logits, torch.float32 (4, 5), not a tensor (4, 11)"),
+        (lambda z, x: Outputs(z[:1], z, z, x), "returned logits, torch.float32 (1, 11), not a tensor (4, 11)"),
+        (lambda z, x: Outputs(z, z, z, x[:3, :5]), "returned features, torch.float32 (3, 5), not a tensor (4, D)"),
         (lambda z, x: Outputs(z, None, None, x), "returned no aux_clinical; return the main logits for a view without"),
-        (lambda z, x: Outputs(z, z, z, x[:, 0]), "returned features, torch.float32 (4,), not a tensor (B, D)"),
-        (lambda z, x: Outputs(z, z.tolist(), z, x), "returned aux_clinical, a list, not a tensor (B, 11)"),
-        (lambda z, x: Outputs(z, z, z, None), "returned features, a NoneType, not a tensor (B, D)"),
+        (lambda z, x: Outputs(z, z, z, x[:, 0]), "returned features, torch.float32 (4,), not a tensor (4, D)"),
+        (lambda z, x: Outputs(z, z.tolist(), z, x), "returned aux_clinical, a list, not a tensor (4, 11)"),
+        (lambda z, x: Outputs(z, z, z, None), "returned features, a NoneType, not a tensor (4, D)"),
     ],
 )
 def test_outputs_that_are_not_what_the_loss_expects_are_refused(
@@ -486,7 +488,7 @@ def test_entries_that_are_no_network_are_refused(monkeypatch: pytest.MonkeyPatch
     for name, entry, message in (
         ("function", lambda config, signature, towers: None, "'function' of NETWORKS is no subclass of Network"),
         ("module", torch.nn.Identity, "'module' of NETWORKS is no subclass of Network"),
-        ("unfinished", type("Unfinished", (Network,), {}), "the network 'unfinished' has no method fuse"),
+        ("unfinished", type("Unfinished", (Network,), {}), "'unfinished' of NETWORKS has no method fuse"),
     ):
         monkeypatch.setitem(NETWORKS, name, entry)
         with pytest.raises(ConfigError, match=re.escape(f"models.NAME.kind: {message}")):

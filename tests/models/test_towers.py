@@ -20,7 +20,15 @@ from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
 from triderm_dist.models.timm_tower import split_model
 from triderm_dist.models.tower import InputSpec
-from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, build_tower, frozen_hash, tower_hash
+from triderm_dist.models.towers import (
+    IMAGENET_MEAN,
+    OPENAI_MEAN,
+    TOWER_SOURCES,
+    Tower,
+    build_tower,
+    frozen_hash,
+    tower_hash,
+)
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -307,6 +315,13 @@ def test_unknown_sources_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="quick_gelu"):
         build_tower("timm:test_vit", pretrained=False, quick_gelu=True)
+
+
+def test_entry_of_a_plugin_that_is_no_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOWER_SOURCES, "bad", print)
+    for source, message in (("bad:x", "holds no TowerSource under 'bad'"), ("nonsense", "known: hf-hub")):
+        with pytest.raises(ConfigError, match=message):
+            build_tower(source)
 
 
 @pytest.mark.parametrize(

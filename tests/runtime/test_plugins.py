@@ -74,6 +74,33 @@ def test_errors_of_a_plugin_are_told_from_others(call, expected, plugin: tuple[s
         raise AssertionError("no error")
 
 
+def test_errors_in_modules_of_a_plugin_that_is_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in list(IMPORTED):
+        monkeypatch.delitem(IMPORTED, other)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text("from my_package.parts import Mine\n")
+    (tmp_path / "my_package" / "parts.py").write_text("class Mine:\n    def step(self):\n        return 1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_plugins(["my_package"])
+    mine = sys.modules["my_package"].Mine
+    for call, expected in (
+        (lambda: mine().step(), "my_package, parts.py, line 3, in step: ZeroDivisionError: division by zero"),
+        (lambda: mine().title, "my_package: AttributeError: 'Mine' object has no attribute 'title'"),
+    ):
+        with pytest.raises((ArithmeticError, AttributeError)) as raised:
+            call()
+        assert explain_plugin_error(raised.value) == expected
+
+
+def test_author_of_a_plugin_sees_the_traceback(plugin, monkeypatch, capsys) -> None:
+    with pytest.raises(ZeroDivisionError) as raised:
+        plugin[1]["mine"]().step()
+    for value, lines in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("TRIDERM_TRACEBACK", value)
+        assert "line 6, in step: Zero" in str(explain_plugin_error(raised.value))
+        assert capsys.readouterr().err.count("return 1 / 0") == lines
+
+
 def test_error_of_a_plugin_ends_a_program_with_one_line(tmp_path: Path) -> None:
     plugin = "from triderm_dist.tasks import TASKS_OF_MINE\n"
     (tmp_path / "broken.py").write_text(plugin)

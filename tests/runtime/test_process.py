@@ -72,6 +72,15 @@ def test_missing_home_becomes_a_temporary_folder(tmp_path, monkeypatch, capsys):
         assert Path.home().parent == tmp_path and Path.home().stat().st_mode & 0o777 == 0o700
         assert os.environ["USER"] == f"uid-{os.getuid()}"
         assert "Set HOME to keep them" in capsys.readouterr().err
+    Path.home().rmdir()
+    Path.home().touch()  # by another user
+    monkeypatch.setenv("HOME", "")
+    process.provide_home()
+    assert Path.home().is_dir() and "Set HOME to keep them" in capsys.readouterr().err
+    monkeypatch.setattr(process.tempfile, "gettempdir", lambda: str(tmp_path / "absent"))
+    monkeypatch.setenv("HOME", "")
+    process.provide_home()
+    assert not os.environ["HOME"] and "nor can a temporary folder" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path / "not" / "made"))
     process.provide_home()
     assert Path.home() == tmp_path / "not" / "made" and not capsys.readouterr().err

@@ -30,6 +30,18 @@ def test_lines_of_both_streams_are_kept_without_colors_and_overwritten_text(tmp_
     assert re.fullmatch(re.escape(text) + HEADER + "triderm two\nmore\n", (tmp_path / "log.txt").read_text())
 
 
+def test_progress_bar_is_kept_in_its_last_state_only(tmp_path):
+    states = [f"\x1b[2K{number}%" for number in range(1000)]
+    for bar in ("".join(f"\r{state}" for state in states), "".join(f"{state}\r" for state in states)):
+        with RunLog(tmp_path, "triderm one") as log:
+            for character in bar:
+                log.add("stdout", character)
+                assert len(log._partial["stdout"]) < 20
+            log.add("stdout", "\x1b[2K\n")
+        assert (tmp_path / "log.txt").read_text().endswith("UTC  triderm one\n999%\n")
+        (tmp_path / "log.txt").unlink()
+
+
 def test_nothing_is_written_before_the_run_exists(tmp_path):
     folder = tmp_path / "run"
     with RunLog(folder, "triderm one"):

@@ -12,13 +12,11 @@ A program finds the first three by name too: `--config rtx4090`, `space=losses`,
 
 from pathlib import Path
 
-import yaml
-
 from triderm_dist.cli import run_words
 from triderm_dist.config import find_file, first_comment, read_yaml, shipped_names
-from triderm_dist.files import write_text
+from triderm_dist.files import expanded, write_text
 from triderm_dist.schema import ConfigError
-from triderm_dist.settings import parse_yaml, untyped
+from triderm_dist.settings import parse_yaml, to_yaml, untyped
 
 KINDS = ("experiments", "spaces", "accelerate_configs", "tasks", "slurm", "kubernetes", "ray")
 
@@ -35,7 +33,7 @@ def main(arguments: list[str]) -> None:
         case ["copy", name]:
             copy(name, Path(locate(name)[1].name))
         case ["copy", name, output] if output.startswith("output="):
-            copy(name, Path(output.removeprefix("output=")).expanduser())
+            copy(name, expanded(output.removeprefix("output=")))
         case _:
             raise ConfigError("write triderm config list, path NAME, or copy NAME and optionally output=FILE")
 
@@ -55,7 +53,7 @@ def copy(name: str, output: Path) -> None:
         raise ConfigError(f"{output}: exists; choose another output=FILE")
     text = file.read_text(encoding="utf-8")
     if kind == "experiments" and "base" in parse_yaml(text, str(file)):
-        text = f"# {first_comment(file)}\n{yaml.safe_dump(untyped(read_yaml(file)), sort_keys=False)}"
+        text = f"# {first_comment(file)}\n{to_yaml(untyped(read_yaml(file)))}"
     write_text(output, text)
     output.chmod(file.stat().st_mode)
     print(output)

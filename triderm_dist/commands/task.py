@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triderm_dist.cli import run_words
-from triderm_dist.files import write_text
+from triderm_dist.files import expanded, write_text
 from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, task_names
@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> None:
             output = given.pop("output", str(Path(folder) / TASK_FILE))
             if unknown := next((key for key in given if key not in ROLES), None):
                 raise ConfigError(f"unknown setting {unknown!r}; triderm task init takes output, {', '.join(ROLES)}")
-            init(Path(folder).expanduser(), Path(output).expanduser(), given)
+            init(expanded(folder), expanded(output), given)
         case ["check", folder]:
-            check(Path(folder).expanduser(), None)
+            check(expanded(folder), None)
         case ["check", folder, task] if task.startswith("task="):
-            check(Path(folder).expanduser(), task.removeprefix("task="))
+            check(expanded(folder), task.removeprefix("task="))
         case _:
             raise ConfigError(
                 "write triderm task init FOLDER and optionally output=FILE or diagnosis=COLUMN, or triderm task check "

@@ -13,7 +13,7 @@ from triderm_dist.config.ensemble import EnsembleConfig, OofConfig, PredictConfi
 from triderm_dist.config.limits import MAX_SECONDS, MAX_SEED
 from triderm_dist.config.model import DEFAULT_MODEL, ModelConfig, check_model_names, with_seeds
 from triderm_dist.config.training import TrainConfig
-from triderm_dist.files import cache_folder, is_writable
+from triderm_dist.files import cache_folder, expanded, is_writable
 from triderm_dist.settings import PathText, Section, merge
 
 TRAINING = (
@@ -42,7 +42,7 @@ class Extensible(Section):
     @classmethod
     def _locate_plugins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         """Make the paths of files absolute, so that processes with another working directory find them."""
-        return tuple(str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in names)
+        return tuple(str(expanded(name).absolute()) if name.endswith(".py") else name for name in names)
 
 
 class Experiment(Extensible):

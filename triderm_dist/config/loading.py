@@ -15,7 +15,7 @@ from triderm_dist.config.experiment import Experiment, Extensible, RunReader
 from triderm_dist.config.paths import map_paths, with_config_dir
 from triderm_dist.config.saving import CONFIG_FILE, SAVED, SAVED_END
 from triderm_dist.config.shipped_files import find_file
-from triderm_dist.files import why_no_folder
+from triderm_dist.files import expanded, why_no_folder
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.plugins import IMPORTED, explain_plugin_error
 from triderm_dist.runtime.redact import restore_urls
@@ -72,7 +72,7 @@ def import_plugins(names: Any) -> None:
     """Import the files and modules of `plugins`, each once. Raises ConfigError for one that fails."""
     names = typed(names, Extensible.model_fields["plugins"].annotation)
     for name in names if isinstance(names, list | tuple) else ():
-        path = Path(str(name)).expanduser().absolute()
+        path = expanded(str(name)).absolute()
         module = _plugin_module(path) if path.suffix == ".py" else str(name)
         IMPORTED[module] = str(name)
         if module in sys.modules:
@@ -85,7 +85,7 @@ def import_plugins(names: Any) -> None:
             assert spec is not None and spec.loader is not None
             sys.modules[module] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[module])
-        except Exception as error:  # a user's file may raise any type
+        except (Exception, SystemExit) as error:  # a user's file may raise any type, or be a program
             text = explain_plugin_error(error) or f"{name}: {one_line(error, with_type=True)}"
             sys.modules.pop(module, None)
             raise ConfigError(f"plugins: {text}") from error
@@ -115,7 +115,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     if not isinstance(base, str) or not base.isprintable():
         raise ConfigError(f"{path}: base: the name of one file or shipped experiment is expected (got {base!r:.80})")
-    below = path.parent / Path(base).expanduser()
+    below = path.parent / expanded(base)
     return merge(read_yaml(below if below.is_file() else find_file("experiments", base), (*above, path.resolve())), raw)
 
 
@@ -125,7 +125,7 @@ def _settings_of_run(kind: type[Experiment], top: dict[str, Any]) -> dict[str, A
     Raises ConfigError if the folder holds none, and if `output` names another folder than `run` for a program
     that writes into its run.
     """
-    folder = str(Path(str(top.pop("run"))).expanduser())
+    folder = str(expanded(str(top.pop("run"))))
     file = Path(folder, CONFIG_FILE)
     if not file.is_file():
         raise ConfigError(f"run: {_why_no_run(Path(folder))}")

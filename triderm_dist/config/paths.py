@@ -40,7 +40,8 @@ def map_paths(tree: Mapping[str, Any], change: Callable[[str, str], str]) -> dic
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, Mapping):
-            return {name: walk(each, f"{key}.{name}" if key else str(name)) for name, each in value.items()}
+            names = {name: "NAME" if key == "models" else name for name in value}
+            return {name: walk(each, f"{key}.{names[name]}" if key else str(name)) for name, each in value.items()}
         if isinstance(value, list | tuple):
             return [walk(each, f"{key}[]") for each in value]
         return change(key, str(value)) if key in keys and isinstance(value, str) and value not in NULL else value

@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from triderm_dist.config.experiment import Experiment
 from triderm_dist.config.paths import is_inside, map_paths, portable_path
 from triderm_dist.files import write_text
 from triderm_dist.runtime.redact import redact_tree
-from triderm_dist.settings import Section
+from triderm_dist.settings import Section, to_yaml
 
 CONFIG_FILE = "config.yaml"
 """The resolved settings of a run, in its folder; of a fold trained by itself also in the fold's folder."""
@@ -22,7 +20,7 @@ SAVED, SAVED_END = "# All settings of a run.", "# End of the settings."
 
 def as_yaml(config: Section) -> str:
     """Return the resolved settings as YAML that `load` reads back to an equal tree, but for passwords and tokens."""
-    return yaml.safe_dump(_tree(config), sort_keys=False)
+    return to_yaml(_tree(config))
 
 
 def _tree(config: Section) -> dict[str, Any]:
@@ -44,16 +42,14 @@ def save(config: Section, path: Path) -> None:
     tree = _tree(config)
     if isinstance(config, Experiment) and is_inside(path, config.folder):
         tree = map_paths({**tree, "output": str(config.folder)}, partial(portable_path, path, config.folder))
-    write_text(path, f"{SAVED}\n{yaml.safe_dump(tree, sort_keys=False)}{SAVED_END}\n")
+    write_text(path, f"{SAVED}\n{to_yaml(tree)}{SAVED_END}\n")
 
 
 def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Return the part of `tree` that differs from `base`."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            if inner := _difference(value, base.get(key) or {}):
-                result[key] = inner
-        elif key not in base or value != base[key]:
-            result[key] = value
+        if key not in base or value != base[key]:
+            below = base.get(key)
+            result[key] = _difference(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
     return result

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from triderm_dist.files import expanded
+
 SHIPPED = {
     "experiments": "launch/experiments",
     "spaces": "tune/spaces",
@@ -37,7 +39,7 @@ def shipped_names(kind: str) -> list[str]:
 
 def find_file(kind: str, name: str | os.PathLike[str]) -> Path:
     """Return the file at a path, or if there is none the shipped one of that name."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file() and str(name) in shipped_names(kind):
         return shipped(kind) / (f"{name}.yaml" if kind in BY_STEM else path.name)
     return path

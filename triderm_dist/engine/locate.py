@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from triderm_dist.config import CONFIG_FILE, read_yaml
-from triderm_dist.files import cache_folder, file_sha256
+from triderm_dist.files import cache_folder, expanded, file_sha256
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import DataError, InputError
 
@@ -28,7 +28,7 @@ def locate_run(where: str | os.PathLike[str]) -> Path:
     text = os.fspath(where)
     if text.startswith(HUB):
         return _without_code(_download(text), text)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return _without_code(_extract(path), text)
     return path.absolute()  # networks are loaded later, maybe from another working directory

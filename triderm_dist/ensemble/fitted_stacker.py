@@ -48,6 +48,8 @@ def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
         raise ConfigError(
             f"stack.kind: {config.kind!r} has the suffix {stacker.suffix}, which is in use; choose another"
         )
+    if isinstance(stacker.packages, str):
+        raise ConfigError(f"stack.kind: packages of {config.kind!r} is a text; write ({stacker.packages!r},)")
     if config.enabled:
         packages = (*stacker.packages, "sklearn") if config.extra else stacker.packages
         require(f"stack.kind={config.kind}", *packages, instead="set stack.enabled=false")
@@ -214,6 +216,8 @@ class FittedStacker:
             if expected and file_sha256(model_file) != expected:
                 raise DataError(f"{model_file}: changed or damaged: not that of {path.name}; run triderm stack again")
             model = STACKERS[kind].load(model_file, description)
+            if not isinstance(model, STACKERS[kind]):
+                raise ConfigError(f"stack.kind: load of {kind!r} returned {described(model)}, not the stacker")
             try:
                 packages = model.needed()
             except DataError as error:  # damaged, and of a version that recorded no checksum

@@ -25,7 +25,7 @@ from triderm_dist.data.canvas import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.cells import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError, describe_changes
-from triderm_dist.files import why_no_file
+from triderm_dist.files import expanded, why_no_file
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
 from triderm_dist.inference.inputs import read_input
@@ -162,9 +162,9 @@ class Run:
         for a table, row or photo that cannot be used, and if pandas is not installed.
         """
         require("predict_table", "pandas")
-        folder = None if photos is None else Path(photos).expanduser()
+        folder = None if photos is None else expanded(photos)
         if isinstance(table, str | os.PathLike):
-            given = read_input([Path(table).expanduser()], self._run, photos=folder, invalid=invalid)
+            given = read_input([expanded(table)], self._run, photos=folder, invalid=invalid)
         else:
             given = read_lesions(table_of_frame(table), [folder or Path()], self._run, invalid)
         predictor, transforms, lesions = self.predictor, self._transforms(tta), given.lesions

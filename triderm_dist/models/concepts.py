@@ -84,17 +84,16 @@ class SemanticTokens(nn.Module):
             if not field.is_number:
                 self.categories[_module_name(self.categories, field)] = CategoryToken(len(field.categories), width)
         self.null = learned_token(1, width)
-        self.meanings: dict[str, Any] = {
-            "concepts": list(concepts),
-            **{_module_name(self, each): each.meaning() for each in self.fields if each.is_number},
-            **{
-                f"categories.{_module_name(self.categories, each)}": each.meaning()
-                for each in self.fields
-                if not each.is_number
-            },
-        }
-        """Meanings of parameters, by prefix; see `Network.parameter_meanings`."""
         self.names: tuple[str, ...] = (*concepts, *(field.name for field in self.fields), "null")
+
+    @property
+    def meanings(self) -> dict[str, Any]:
+        """Meanings of parameters, by prefix; see `Network.parameter_meanings`."""
+        meanings: dict[str, Any] = {"concepts": list(self.names[: -1 - len(self.fields)])}
+        for field in self.fields:
+            parent, prefix = (self, "") if field.is_number else (self.categories, "categories.")
+            meanings[prefix + _module_name(parent, field)] = field.meaning()
+        return meanings
 
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:
         tokens = [] if self.concepts is None else [self.concepts(concepts)]
@@ -108,5 +107,5 @@ class SemanticTokens(nn.Module):
 
 def _module_name(parent: nn.Module, field: MetadataField) -> str:
     """Name a field's module in `parent`: as the field, with an underscore if an attribute of `parent` has this name."""
-    own = {"concepts", "fields", "categories", "null", "names"}
+    own = {"concepts", "fields", "categories", "null", "names", "training"}
     return f"{field.name}_" if field.name in own or hasattr(type(parent), field.name) else field.name

@@ -146,8 +146,11 @@ class MeanComponents(nn.Module):
         return torch.where(present[:, None], components, missing)
 
     def fit(self, values: Tensor) -> None:
-        """Fit the principal components of each part of values (N, width), scaled to a mean variance of 1."""
-        if not len(values):
+        """Fit the principal components of each part of values (N, width), scaled to a mean variance of 1.
+
+        A single lesion has no variance: all components then stay 0.
+        """
+        if len(values) < 2:
             return
         row = column = 0
         for width, components in self.parts:

@@ -117,7 +117,7 @@ class Network(nn.Module, ABC):
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
         outputs = self.fuse(tokens, present, concepts, metadata)
-        self._check(outputs)
+        self._check(outputs, view_present.shape[0])
         if not self.training:
             # Further outputs of a plugin's network are for its loss terms only.
             return Outputs(outputs.logits, outputs.aux_clinical, outputs.aux_dermoscopic, outputs.features)
@@ -249,7 +249,7 @@ class Network(nn.Module, ABC):
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
         return self.encode(clinical, dermoscopic), present
 
-    def _check(self, outputs: Outputs) -> None:
+    def _check(self, outputs: Outputs, lesions: int) -> None:
         """Raise ConfigError for outputs that `fuse` must not return, which could silently change the loss."""
         where = f"models.NAME.kind: fuse of the network {self.config.kind!r} returned"
         fields = getattr(outputs, "_fields", ())[: len(Outputs._fields)]
@@ -262,10 +262,11 @@ class Network(nn.Module, ABC):
                     raise ConfigError(f"{where} {name}, a view that the task lacks; return None")
             elif logits is None:
                 raise ConfigError(f"{where} no {name}; return the main logits for a view without a head of its own")
-            elif not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != diagnoses:
-                raise ConfigError(f"{where} {name}, {described(logits)}, not a tensor (B, {diagnoses})")
-        if not isinstance(outputs.features, Tensor) or outputs.features.ndim != 2:
-            raise ConfigError(f"{where} features, {described(outputs.features)}, not a tensor (B, D)")
+            elif not isinstance(logits, Tensor) or tuple(logits.shape) != (lesions, diagnoses):
+                raise ConfigError(f"{where} {name}, {described(logits)}, not a tensor {(lesions, diagnoses)}")
+        features = outputs.features
+        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != lesions:
+            raise ConfigError(f"{where} features, {described(features)}, not a tensor ({lesions}, D)")
 
     def _check_fine(self, outputs: Outputs) -> None:
         """Raise ConfigError for outputs that do not allow a head of finer labels."""

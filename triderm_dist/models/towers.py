@@ -149,5 +149,5 @@ def parse_source(source: str) -> tuple[TowerSource, str]:
         return kind, name
     if Path(source).suffix in WEIGHT_SUFFIXES or source.endswith(INDEX_SUFFIX):
         return TOWER_SOURCES[PANDERM], source
-    known = ", ".join(kind.form for kind in TOWER_SOURCES.values())
+    known = ", ".join(kind.form for kind in TOWER_SOURCES.values() if isinstance(kind, TowerSource))
     raise ConfigError(f"tower.source: {source!r} is not a tower source; known: {known} (plugins may add others)")

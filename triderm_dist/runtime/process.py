@@ -115,13 +115,24 @@ def provide_home() -> None:
     home = os.environ.get("HOME") or (entry.pw_dir if entry else "")
     if home and _can_hold_files(Path(home)):
         return
-    folder = Path(tempfile.gettempdir(), f"home-of-uid-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        folder = Path(tempfile.mkdtemp(prefix=f"home-of-uid-{os.getuid()}-"))
-    os.environ["HOME"] = str(folder)
     reason = f"HOME={home} can't hold files" if home else "HOME is not set, and passwd has no entry for this user"
+    try:
+        folder = _temporary_home()
+    except OSError as error:
+        sys.stderr.write(f"note: {reason}, nor can a temporary folder ({error.strerror}). Set HOME to one that can\n")
+        return
+    os.environ["HOME"] = str(folder)
     sys.stderr.write(f"note: {reason}; caches go to {folder}. Set HOME to keep them elsewhere\n")
+
+
+def _temporary_home() -> Path:
+    """Return a folder for temporary files of this user alone: the same one again, unless another user took its name."""
+    folder = Path(tempfile.gettempdir(), f"home-of-uid-{os.getuid()}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return Path(tempfile.mkdtemp(prefix=f"home-of-uid-{os.getuid()}-"))
+    return folder
 
 
 def _can_hold_files(home: Path) -> bool:

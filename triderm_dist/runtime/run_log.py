@@ -61,7 +61,11 @@ class RunLog:
     def add(self, stream: str, text: str) -> None:
         """Append the lines that a text printed to a stream completes."""
         with self._lock:
-            *lines, self._partial[stream] = (self._partial.get(stream, "") + text).split("\n")
+            *lines, partial = (self._partial.get(stream, "") + text).split("\n")
+            # A progress bar overwrites one line for hours: only its last state is kept.
+            partial = _CONTROL.sub("", partial)
+            text = partial.rstrip("\r")
+            self._partial[stream] = text.rpartition("\r")[2] + partial[len(text) :]
             shown = [_CONTROL.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip() for line in lines]
             self._waiting += [f"{line}\n" for line in shown]
             if shown:

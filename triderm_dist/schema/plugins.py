@@ -16,9 +16,13 @@ def check_known(setting: str, name: str, table: Iterable[str], what: str) -> Non
 
 
 def check_subclass(setting: str, name: str, entry: object, base: type, table: str) -> None:
-    """Raise ConfigError for an entry of a table that is no subclass of `base`, which may be a Protocol."""
+    """Raise ConfigError for an entry of a table that is no subclass of `base`, which may be a Protocol, or lacks one of
+    its abstract methods.
+    """
     if not (isinstance(entry, type) and base in entry.__mro__):
         raise ConfigError(f"{setting}: {name!r} of {table} is no subclass of {base.__name__}")
+    if missing := sorted(getattr(entry, "__abstractmethods__", ())):
+        raise ConfigError(f"{setting}: {name!r} of {table} has no method {missing[0]}")
 
 
 def described(value: object) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from triderm_dist.files import expanded
 from triderm_dist.runtime.messages import did_you_mean, one_line
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.settings import read_mapping
@@ -55,11 +56,11 @@ def load_task(name_or_path: str | os.PathLike[str]) -> Task:
         path = SHIPPED / f"{name}.yaml"
         return Task.from_mapping(read_mapping(path, ""), str(path))
     if os.path.basename(name) == "index.json":
-        return _of_index(Path(name).expanduser())
+        return _of_index(expanded(name))
     if not name.endswith((".yaml", ".yml")):
         every = f"known are {', '.join(task_names())}, or give a task.yaml"
         raise ConfigError(f"unknown task {name!r}; {did_you_mean(name, task_names(), every)}")
-    path = Path(name).expanduser()
+    path = expanded(name)
     return Task.from_mapping(read_mapping(path, "triderm task init FOLDER writes one"), str(path))
 
 

@@ -105,7 +105,7 @@ def cache_root(remote: RemoteConfig) -> Path:
     """Return the folder that caches remote shards on this node: of a folder that everybody may write to, such as /tmp,
     a folder of this user in it. Raises DataError if that is of another user, who could change what is trained on.
     """
-    root = Path(remote.cache or cache_folder() / "shards").expanduser()
+    root = Path(remote.cache or cache_folder() / "shards")
     if hasattr(os, "getuid") and root.is_dir() and root.stat().st_mode & stat.S_IWOTH:
         root = root / f"triderm-{os.getuid()}"
         with contextlib.suppress(OSError):
