@@ -171,7 +171,7 @@ def test_init_reads_names_of_columns_with_blanks_as_those_with_underscores(tmp_p
     for row in rows:
         del row["Patient ID"]
     write(folder, rows, [])
-    assert "  group: Pat-Nr #" in describe_folder(folder)
+    assert "  group: Pat-Nr #" in describe_folder(folder)[0]
 
 
 @pytest.mark.parametrize("words", [["init"], ["check", "a", "b"], ["describe", "a"], []])
