@@ -195,6 +195,8 @@ def test_names_of_groups_have_no_effect(run) -> None:
     np.testing.assert_array_equal(read[0], read[1])
     assert read[0][rows[0]] == read[0][rows[2]] == table.lesion_ids[min(rows[:3])] != read[0][rows[3]]
     assert (read[0][folds != 0] == table.lesion_ids[folds != 0]).all()
+    write_oof(folder / "named.parquet", replace(table, groups=groups).take(np.arange(LESIONS)[::-1]))
+    np.testing.assert_array_equal(read_oof(folder / "named.parquet").groups, read[0][::-1])
 
 
 def test_missing_fold_is_nan(run) -> None:
@@ -331,6 +333,8 @@ def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
         average_test([*parts, parts[0]])
     with pytest.raises(DataError, match="other lesions"):
         average_test([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
+    with pytest.raises(DataError, match="other lesions"):  # one more, at the end
+        average_test([row_slice(parts[0], 0, 149), parts[1]])
 
 
 def test_files_of_a_task_with_one_view_and_no_concepts_round_trip(tmp_path: Path) -> None:

@@ -57,3 +57,21 @@ def test_metric_that_fails_on_a_resample_is_named() -> None:
         ConfigError, match=r"the metric share of a plugin failed \(ZeroDivisionError: .* lack a diagnosis"
     ):
         intervals.of_metrics({"share": share}, decisions * 1.0, labels, decisions, None, 50)
+
+
+def test_percentiles_need_19_of_20_draws() -> None:
+    draws = np.arange(1000.0)
+    assert intervals.percentiles(draws) == tuple(np.quantile(draws, [0.025, 0.975]))
+    draws[:50] = np.nan
+    assert intervals.percentiles(draws) == tuple(np.quantile(draws[50:], [0.025, 0.975]))
+    draws[50] = np.inf
+    assert np.isnan(intervals.percentiles(draws)).all() and np.isnan(intervals.percentiles(draws[:0])).all()
+
+
+def test_draws_of_many_lesions_have_the_spread_of_all_of_them() -> None:
+    """Of these, 10,000 are drawn."""
+    labels = np.repeat([0, 1], [30_000, 10_000])
+    share = {"share": metrics.Metric("", lambda p, y, d: float(y.mean()))}
+    draws = intervals.metric_draws(share, np.empty((40_000, 0)), labels, np.empty((40_000, 0)), None, 300)["share"]
+    assert draws.mean() == pytest.approx(0.25, abs=1e-9)
+    assert draws.std() == pytest.approx(np.sqrt(0.25 * 0.75 / 40_000), rel=0.15)

@@ -122,3 +122,48 @@ def test_invalid_tables_are_refused_and_absent_diagnoses_are_unknown() -> None:
     assert first == intervals.f1_per_class(decisions, labels)[0]
     assert all(np.isnan(interval.value) for interval in absent)
     assert intervals.macro_f1(wide, labels) == intervals.macro_f1(decisions, labels)
+
+
+def test_macro_f1_of_few_lesions_has_the_interval_of_its_formula() -> None:
+    """Lesion by lesion, with the bias of F1 in the upper end."""
+    decisions, labels = simulated([40, 12, 5], recall=0.6)
+    each = intervals.f1_per_class(decisions, labels)
+    f1, low, high = (np.array([getattr(one, end) for one in each]) for end in ("value", "low", "high"))
+    truth = labels[:, None] == np.arange(3)
+    found, total = (truth & decisions).sum(axis=0), truth.sum(axis=0) + decisions.sum(axis=0)
+    influence = (2.0 * (truth & decisions) - f1 * (truth.astype(int) + decisions)) / total
+    correlation = np.corrcoef(np.concatenate([influence, -influence]).T)  # around 0
+    union = total - found
+    j = (found + 0.5) / (union + 1)
+    unbiased = f1 + 2 * j * (1 - j) / (1 + j) ** 3 / union
+    below, above = f1 - low, high - unbiased
+    score = intervals.macro_f1(decisions, labels)
+    assert score.low == pytest.approx(f1.mean() - np.sqrt(below @ correlation @ below) / 3)
+    assert score.high == pytest.approx(unbiased.mean() + np.sqrt(above @ correlation @ above) / 3)
+
+
+def test_draws_of_a_difference_add_half_a_lesion_to_each_diagnosis() -> None:
+    """As in loops over resamples: found by both, by one or by none in the mean proportions."""
+    labels = np.repeat([0, 1, 2], [30, 4, 2])
+    generator, truth = np.random.default_rng(0), labels[:, None] == np.arange(3)
+    first, second = (generator.random(truth.shape) < np.where(truth, recall, 0.1) for recall in (0.9, 0.4))
+    hits = [truth & table for table in (first, second)]
+    shares = []
+    for one, two in ((True, True), (True, False), (False, True), (False, False)):
+        shares.append(
+            np.mean([np.mean((hits[0] == one)[labels == c, c] & (hits[1] == two)[labels == c, c]) for c in range(3)])
+        )
+    draws = []
+    for _ in range(3000):
+        rows = generator.integers(0, len(labels), len(labels))
+        both, only_first, only_second, none = generator.standard_gamma(0.5 * np.array(shares)[:, None], (4, 3))
+        scores = []
+        for table, hit, more in ((first, hits[0], both + only_first), (second, hits[1], both + only_second)):
+            missed = both + only_first + only_second + none - more
+            total = table[rows].sum(axis=0) + truth[rows].sum(axis=0)
+            scores.append(np.mean(2 * (hit[rows].sum(axis=0) + more) / (total + 2 * more + missed)))
+        draws.append(scores[0] - scores[1])
+    own = intervals.macro_f1_difference_draws(first, second, labels, resamples=3000)
+    np.testing.assert_allclose(
+        np.quantile(own, [0.1, 0.3, 0.5, 0.7, 0.9]), np.quantile(draws, [0.1, 0.3, 0.5, 0.7, 0.9]), atol=0.02
+    )

@@ -42,6 +42,14 @@ def test_rates_of_no_lesion_are_unknown_also_by_group() -> None:
         assert np.isnan([rates.sensitivity.value, rates.specificity.low, rates.negative_predictive_value.high]).all()
 
 
+@pytest.mark.parametrize("found", [0, 60])
+def test_groups_that_agree_throughout_count_as_one_lesion_each(found: int) -> None:
+    positive, decided = np.ones(60, bool), np.arange(60) < found
+    of_groups = intervals.rates(decided, positive, np.arange(60) // 5).sensitivity
+    assert of_groups == intervals.rates(decided[::5], positive[::5]).sensitivity
+    assert of_groups.high - of_groups.low > 0.1
+
+
 def test_predictive_values_at_the_own_prevalence_have_nearly_the_interval_of_the_share() -> None:
     generator = np.random.default_rng(0)
     positive = np.repeat([True, False], [400, 1600])

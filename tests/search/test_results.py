@@ -5,7 +5,7 @@ import random
 import pytest
 from scipy import stats
 
-from triderm_dist.search.results import _read_repeats, importance
+from triderm_dist.search.results import _read_repeats, baseline_and_best, importance
 from triderm_dist.search.settings import BASELINE
 from triderm_dist.search.space import (
     Domain,
@@ -27,6 +27,15 @@ def test_seed_noise_equals_a_paired_t_test(tmp_path):
     assert (found.gain.low, found.gain.high) == pytest.approx((expected.low, expected.high))
     assert _read_repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # different settings, of an earlier best trial
     assert read_trials(tmp_path) == []
+
+
+def test_best_trial_is_a_complete_one_and_ties_go_to_the_baseline():
+    """Scores of stopped trials are of other epochs."""
+    stopped = Trial(2, {"a": 2}, state="stopped", macro_f1=0.9)
+    baseline, equal = (Trial(number, {"a": number}, state="complete", macro_f1=0.5) for number in (BASELINE, 3))
+    assert baseline_and_best([baseline, stopped, equal]) == (baseline, baseline)
+    assert baseline_and_best([stopped, equal]) == (None, equal)
+    assert baseline_and_best([stopped]) == (None, None)
 
 
 def test_importance_ranks_settings_and_needs_enough_trials():

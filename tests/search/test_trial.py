@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,17 @@ def test_trial_reports_every_epoch_and_resumes_after_a_kill(tiny, tmp_path):
     assert (record.state, record.epochs, record.macro_f1) == ("complete", 6, complete[-1]["macro_f1"])
     metrics = [json.loads(line) for line in (weights.parent / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "validation" for line in metrics) == 3
+
+
+def test_trial_that_was_stopped_stays_so(tiny, tmp_path):
+    """Its process may report another epoch before Ray ends it."""
+
+    def stop(scores: dict) -> None:
+        replace(read_trial(tmp_path), state="stopped").write(tmp_path)
+
+    experiment = with_settings(load(Experiment, tiny), "small", {"train.epochs": 2})
+    run_trial(Trial(2, {}), experiment, "small", (0,), tmp_path, stop)
+    assert (read_trial(tmp_path).state, read_trial(tmp_path).epochs) == ("stopped", 1)
 
 
 def test_trial_with_changed_settings_restarts_and_failure_is_recorded(tiny, tmp_path):
