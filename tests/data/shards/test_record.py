@@ -94,6 +94,15 @@ def test_groups_that_are_numbers_have_one_spelling() -> None:
     assert groups == ["12"] * 3
 
 
+@pytest.mark.parametrize("missing", ["NA", "unknown", "-", float("nan"), None, ""])
+def test_a_missing_group_is_the_lesion_itself(missing: Any) -> None:
+    """Else all lesions of unknown patients would be one group, and so in one fold."""
+    task = milk10k_task()
+    assert parse_record("L1", json.dumps({"patient_id": missing}).encode(), None, task).group == "L1"
+    both = json.dumps({"group": missing, "patient_id": "P1"}).encode()
+    assert parse_record("L1", both, None, task).group == "P1"
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [

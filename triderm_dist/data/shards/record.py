@@ -112,10 +112,10 @@ def parse_record(
     concepts = _mapping(cells, "concepts") or _own_concepts({**metadata, **cells}, task)
     if odd := next((name for name in concepts if not name.isprintable() or not 0 < len(name) <= MAX_NAME), None):
         raise ValueError(f"the name of the concept {odd!r:.80} must have 1 to {MAX_NAME} printable characters")
-    group_keys = (*GROUP_KEYS, task.columns.group or "")
+    groups = (_name(cells, name) for name in (*GROUP_KEYS, task.columns.group or ""))
     return Record(
         lesion_id=lesion_id,
-        group=next((text for name in group_keys if (text := _name(cells, name))), lesion_id),
+        group=next((text for text in groups if not is_missing(text, task.missing_words)), lesion_id),
         label=_label(cells, label, task, words),
         concepts={
             name: parse_score(name, _text(score), task.missing_words, task.concepts.words)

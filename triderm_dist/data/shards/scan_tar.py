@@ -55,7 +55,7 @@ TABLE_ROWS = 1 << 12
 SLOWEST = 1e6
 """Bytes a second at which a tar behind a URL is fetched at least."""
 
-_VERSION = 1
+_VERSION = 2
 _ABOUT = b"triderm-scan"
 
 
