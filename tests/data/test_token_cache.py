@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import zlib
 from pathlib import Path
 
@@ -79,6 +80,21 @@ def test_few_files_are_open_whatever_their_number(tmp_path, small_chunks, monkey
     for _ in range(2):
         assert np.array_equal(cache.numbers(np.arange(80), 1, "plain"), numbers[:, 1])
         assert len(os.listdir("/proc/self/fd")) == before + 4
+
+
+def test_fewer_files_stay_open_where_the_process_has_no_more_descriptors(tmp_path, small_chunks, monkeypatch):
+    """As where a run reads many caches, each of which may keep a quarter of the files open."""
+    monkeypatch.setattr(token_cache, "MAX_CHUNKS", 40)
+    numbers = numbers_of(80)
+    cache = filled(TokenCache(tmp_path, 80, SHAPE), {"plain": numbers})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = min(set(range(1000)) - {int(number) for number in os.listdir("/proc/self/fd")})
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 6, limits[1]))
+        found = [cache.numbers(np.arange(80), 1, "plain") for _ in range(2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert np.array_equal(found, [numbers[:, 1]] * 2)
 
 
 def test_missing_chunks_are_listed_without_looking_at_each(tmp_path, small_chunks):

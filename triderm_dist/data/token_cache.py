@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import threading
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from triderm_dist.data.open_files import OpenFiles
 from triderm_dist.data.token_codec import TokenCodec, TokenDtype
 from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.runtime.messages import one_line
@@ -53,10 +53,9 @@ class TokenCache:
     def __init__(self, folder: Path, lesions: int, shape: tuple[int, ...], dtype: TokenDtype = "float16") -> None:
         self.folder, self.lesions, self.codec = folder, lesions, TokenCodec(dtype, tuple(shape))
         self.chunk_lesions = CHUNK * max(1, -(-lesions // (CHUNK * MAX_CHUNKS)))
-        self._files, self._lock = dict[tuple[str, int], _Chunk](), threading.Lock()
         self._views: dict[tuple[str, int], int] = {}  # of files whose header was compared
         raise_open_files_limit()
-        self._max_open = max(1, min(MAX_OPEN, open_files_limit() // 4))
+        self._files = OpenFiles[tuple[str, int], _Chunk](max(1, min(MAX_OPEN, open_files_limit() // 4)))
 
     def means(self) -> TokenCache:
         """Return the cache, in another folder, of the mean token of each photo, as one token in float32."""
@@ -135,7 +134,7 @@ class TokenCache:
         checksum = bytearray(_CRC)
         for row, version, record in zip(rows.tolist(), versions, out, strict=True):
             number = row // self.chunk_lesions
-            chunk = self._files.get((version, number)) or self._open(version, number)
+            chunk = self._chunk(version, number)
             chunk.read(row * chunk.views + view, [record, checksum])
             if zlib.crc32(record, row * chunk.views + view).to_bytes(_CRC, "little") != checksum:
                 raise chunk.damaged()
@@ -153,7 +152,7 @@ class TokenCache:
     def numbers_of_all_views(self, rows: np.ndarray, version: str) -> np.ndarray:
         """Return the numbers (n, views, *shape) float32 of `rows` (n,), all of one chunk."""
         number = int(rows[0]) // self.chunk_lesions
-        chunk = self._files.get((version, number)) or self._open(version, number)
+        chunk = self._chunk(version, number)
         return np.stack([self.numbers(rows, view, version) for view in range(chunk.views)], 1)
 
     def earlier(self, version: str, rows: np.ndarray) -> np.ndarray | None:
@@ -183,32 +182,32 @@ class TokenCache:
     def _earlier_path(self, version: str, rows: np.ndarray) -> Path:
         return self.folder / version / f"{int(rows[0]) // CHUNK:06d}.npy"
 
-    def _open(self, version: str, number: int) -> _Chunk:
-        """Open a file, outside of the lock, since on a network disk each open waits."""
-        path, size, rows = self._path(version, number), self.record_size + _CRC, self.rows(number)
+    def _chunk(self, version: str, number: int) -> _Chunk:
+        """Return an open file. Raises DataError where it is missing, or not what this cache wrote."""
         try:
-            file, views = path.open("rb", buffering=0), self._views.get((version, number))
-            if views is None:
-                header, found = file.read(HEADER), os.fstat(file.fileno()).st_size
-                views = json.loads(header)["views"]
-                if type(views) is not int or header != self._header(number, views):
-                    raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
-                if found != HEADER + len(rows) * views * size:
-                    raise _damaged(path)
-                self._views[version, number] = views
-        except FileNotFoundError:
+            return self._files.get((version, number), self._open_file)
+        except FileNotFoundError as error:
             raise DataError(
-                f"{path}: no such file; the same command computes it again. Several nodes need a folder of tokens on a "
-                "disk that they share"
+                f"{error.filename}: no such file; the same command computes it again. Several nodes need a folder of "
+                "tokens on a disk that they share"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            text = one_line(error, 160)
+            text, path = one_line(error, 160), self._path(version, number)
             raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
-        chunk = _Chunk(file, views, size, HEADER - int(rows[0]) * views * size)
-        with self._lock:
-            while (version, number) not in self._files and len(self._files) >= self._max_open:
-                del self._files[next(iter(self._files))]  # closed when its last reader drops it
-            return self._files.setdefault((version, number), chunk)  # another thread's, where that was faster
+
+    def _open_file(self, key: tuple[str, int]) -> _Chunk:
+        (version, number), size = key, self.record_size + _CRC
+        path, rows = self._path(version, number), self.rows(number)
+        file, views = path.open("rb", buffering=0), self._views.get(key)
+        if views is None:
+            header, found = file.read(HEADER), os.fstat(file.fileno()).st_size
+            views = json.loads(header)["views"]
+            if type(views) is not int or header != self._header(number, views):
+                raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
+            if found != HEADER + len(rows) * views * size:
+                raise _damaged(path)
+            self._views[key] = views
+        return _Chunk(file, views, size, HEADER - int(rows[0]) * views * size)
 
     def _header(self, chunk: int, views: int) -> bytes:
         rows = self.rows(chunk)

@@ -245,6 +245,51 @@ def test_sampling_order_that_exceeds_the_cache_is_refused(server, packed, tmp_pa
         rows_read(index)
 
 
+def test_order_is_refused_that_needs_more_shards_while_ranks_are_two_steps_apart(server, packed, tmp_path):
+    """In step 2 another rank may still read the first shard, of step 0, and the last one is read: with the second one
+    three of equal size, all of them in the cache.
+    """
+    sizes = [shard.bytes for shard in read_index(packed).shards[:3]]
+    order = np.array([0, 1, 1, 1, 1, 1, 1, 1, 2])
+    for limit, fits in ((sum(sizes), True), (sum(sizes) - 1, False)):
+        shards = RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=limit / 1e9)))
+        refused = contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="cache_gb=.* at a time")
+        with refused, shards.read_ahead(order, 3) as mark_read:
+            for step in range(3):
+                for shard in order[3 * step : 3 * step + 3].tolist():
+                    shards.read(shard, 0, 512)
+                mark_read(step + 1)
+
+
+def test_truncated_file_of_the_cache_is_fetched_again(server, packed, tmp_path):
+    """As after a power cut, or on a disk that lost blocks."""
+    index = open_index(server.url, settings(tmp_path))
+    for _ in range(2):
+        assert RemoteShards(index).read(0, 512, 512) == (packed / index.shards[0].url).read_bytes()[512:1024]
+        os.truncate(index.path(0), 600)
+    assert server.requests[index.shards[0].url] == 2
+
+
+def test_shard_that_was_used_after_the_listing_is_not_evicted(server, packed, tmp_path):
+    """A process goes by its list of the cache until that is used up."""
+    size = read_index(packed).shards[0].bytes
+    index = open_index(server.url, settings(tmp_path, cache_gb=3.2 * size / 1e9))
+    shards = RemoteShards(index)
+    for shard in (0, 1, 2):
+        shards.read(shard, 0, 512)
+        os.utime(index.path(shard), (shard, shard))
+    for shard in (3, 1, 4):  # lists the cache and evicts 0; uses 1; evicts 2
+        shards.read(shard, 0, 512)
+    assert cached(tmp_path / "cache") == [index.path(shard) for shard in (1, 3, 4)]
+
+
+def test_body_that_is_too_long_is_not_read_to_its_end(server, tmp_path):
+    index = with_limits(open_index(server.url, settings(tmp_path)), total_seconds=0.4)
+    server.faults["shard-000003.tar"] = [remote.long_body] * 100
+    with pytest.raises(DataError, match=f"the last error: .*more than the {index.shards[3].bytes} bytes of {INDEX}"):
+        index.remote.open(index.shards[3])
+
+
 def test_shard_larger_than_the_cache_is_refused(server, tmp_path):
     with pytest.raises(DataError, match=r"do not fit into the cache of 1e-05 GB; raise data.remote.cache_gb"):
         RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=1e-5))).read(0, 0, 1)

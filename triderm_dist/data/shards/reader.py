@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import heapq
 import os
@@ -13,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from triderm_dist.data.open_files import OpenFiles
 from triderm_dist.data.shards.cache import Cache, CachedFile, FillLock
 from triderm_dist.data.shards.format import ShardFile
 from triderm_dist.data.shards.index import ShardIndex
@@ -45,45 +45,21 @@ def note_on_open_files(index: ShardIndex, window: int | None) -> str | None:
 
 
 class FolderShards:
-    """Shards of a local folder, opened at the first read; those opened last are kept open.
-
-    Threads open files at the same time, since each open waits for the server of a network disk. Fewer stay open where
-    the process or the system turns out to have no more file descriptors.
-    """
+    """Shards of a local folder, opened at the first read; those opened last are kept open (`OpenFiles`)."""
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index, self._files, self._lock = index, dict[int, IO[bytes]](), threading.Lock()
-        self._most = most_open_files()
+        self._index = index
+        self._files = OpenFiles[int, IO[bytes]](most_open_files())
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a shard. Raises DataError if it has vanished or become shorter."""
         try:
-            return _pread(self._files.get(shard) or self._open(shard), offset, size)
+            return _pread(self._files.get(shard, self._open_file), offset, size)
         except OSError as error:
             raise DataError(
                 f"{self._index.path(shard)}: {error.strerror or error}, while reading; restore the file and rerun the "
                 "same command to resume from the last checkpoint"
             ) from None
-
-    def _open(self, shard: int) -> IO[bytes]:
-        try:
-            file = self._open_file(shard)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            with self._lock:
-                self._most = max(1, len(self._files) // 2)
-                self._close_oldest(self._most)
-            file = self._open_file(shard)
-        with self._lock:
-            if shard not in self._files:
-                self._close_oldest(self._most - 1)
-            return self._files.setdefault(shard, file)  # another thread's, where that was faster
-
-    def _close_oldest(self, most: int) -> None:
-        """Let the files opened first go until `most` are left; each is closed when its last reader drops it."""
-        while len(self._files) > most:
-            del self._files[next(iter(self._files))]
 
     def _open_file(self, shard: int) -> IO[bytes]:
         return self._index.path(shard).open("rb", buffering=0)
@@ -100,7 +76,8 @@ class FolderShards:
 class RemoteShards:
     """Shards of a remote set, fetched when they are read, or in advance inside `read_ahead`.
 
-    cache_share: the part of the cache that reading in advance may fill, where several sets are read at the same time.
+    cache_share: the part of the cache that reading in advance may fill, and of the files that stay open, where several
+    sets are read at the same time.
     """
 
     def __init__(self, index: ShardIndex, cache_share: float = 1.0) -> None:
@@ -169,7 +146,7 @@ class _ReadAhead:
         self._admitted, self._held = list[tuple[int, int]](), list[tuple[int, int]]()  # heaps of (last use, shard)
         self._fetched = np.zeros(len(shards), bool)
         self._open: dict[int, CachedFile] = {}
-        self._most = most_open_files()
+        self._most = max(1, int(most_open_files() * share))
         self._failure: BaseException | None = None
         self._stop, self._changed = threading.Event(), threading.Condition()
         threading.Thread(target=self._begin, name="read ahead", daemon=True).start()
@@ -254,7 +231,7 @@ class _ReadAhead:
 
     def _hold(self, shard: int, cached: CachedFile) -> None:
         """Keep a file open until its last use, or until more are open than may be. The caller holds the lock."""
-        if self._stop.is_set() or self._last_use[shard] < self._position or shard in self._open:
+        if self._stop.is_set() or self._last_use[shard] < self._position:
             cached.close()
             return
         while len(self._open) >= self._most:
