@@ -249,16 +249,16 @@ def test_order_is_refused_that_needs_more_shards_while_ranks_are_two_steps_apart
     """In step 2 another rank may still read the first shard, of step 0, and the last one is read: with the second one
     three of equal size, all of them in the cache.
     """
-    sizes = [shard.bytes for shard in read_index(packed).shards[:3]]
+    size = sum(shard.bytes for shard in read_index(packed).shards[:3])
     order = np.array([0, 1, 1, 1, 1, 1, 1, 1, 2])
-    for limit, fits in ((sum(sizes), True), (sum(sizes) - 1, False)):
-        shards = RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=limit / 1e9)))
-        refused = contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="cache_gb=.* at a time")
-        with refused, shards.read_ahead(order, 3) as mark_read:
-            for step in range(3):
-                for shard in order[3 * step : 3 * step + 3].tolist():
-                    shards.read(shard, 0, 512)
-                mark_read(step + 1)
+    small = RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=(size - 1) / 1e9)))
+    with pytest.raises(ConfigError, match=r"cache_gb=.* at a time"), small.read_ahead(order, 3):
+        pass
+    large = RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=size / 1e9)))
+    with large.read_ahead(order, 3) as mark_read:
+        for step, shards in enumerate(order.reshape(3, 3).tolist()):
+            assert [len(large.read(shard, 0, 512)) for shard in shards] == [512] * 3
+            mark_read(step + 1)
 
 
 def test_truncated_file_of_the_cache_is_fetched_again(server, packed, tmp_path):
