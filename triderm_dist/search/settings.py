@@ -19,7 +19,7 @@ BASELINE = 1
 class SearchConfig(Section):
     space: PathText = Field(
         "losses",
-        description="YAML file of the settings to vary and their ranges, or a shipped space: losses, llrd, all, pbt",
+        description="YAML file of settings and their ranges, or a shipped space: losses, llrd, all, recipe, pbt",
     )
     trials: int = Field(12, ge=1, description="number of trials; the first has the experiment's own settings")
     model: str | None = Field(None, description="the model of `models` whose settings vary; null takes the first")
