@@ -146,7 +146,7 @@ def test_draws_of_a_difference_add_half_a_lesion_to_each_diagnosis() -> None:
     """As in loops over resamples: found by both, by one or by none in the mean proportions."""
     labels = np.repeat([0, 1, 2], [30, 4, 2])
     generator, truth = np.random.default_rng(0), labels[:, None] == np.arange(3)
-    first, second = (generator.random(truth.shape) < np.where(truth, recall, 0.1) for recall in (0.9, 0.4))
+    first, second = (generator.random(truth.shape) < np.where(truth, recall, 0.1) for recall in (1.0, 0.1))
     hits = [truth & table for table in (first, second)]
     shares = []
     for one, two in ((True, True), (True, False), (False, True), (False, False)):
