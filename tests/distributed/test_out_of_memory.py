@@ -60,6 +60,7 @@ def test_other_errors_do_not(error):
 
 def test_smaller_micro_batches_stay_multiples_of_a_pair():
     assert next_smaller(12, 12) == 6 and next_smaller(6, 12) == 3
+    assert next_smaller(9, 9) == 3  # 4 does not divide the global batch
     assert next_smaller(12, 12, smallest=2) == 6 and next_smaller(6, 12, smallest=2) == 2
     with pytest.raises(ConfigError, match="micro-batch of 2"):
         next_smaller(2, 12, smallest=2)
