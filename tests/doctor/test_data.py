@@ -32,7 +32,8 @@ def test_packed_shards_are_counted_and_damage_is_reported(make_challenge, tmp_pa
     (tmp_path / "shards" / INDEX).unlink()
     assert finding(experiment, "training").state == "error"
     unreadable = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={'x' * 300}"])
-    assert finding(unreadable, "training").text.endswith("File name too long")
+    text = finding(unreadable, "training").text  # since Python 3.14 a path that is too long does not exist
+    assert text.endswith(("File name too long", "no such folder; create it by triderm pack"))
 
 
 def test_test_set_and_truth(make_challenge, tmp_path):

@@ -195,4 +195,4 @@ def test_a_large_set_is_searched_on_a_sample_and_its_thresholds_fitted_on_all_le
         ensemble = candidate.ensemble
         choice = Thresholding(ensemble.rule, ensemble.shrinkage, ensemble.tau)
         combined = np.tensordot(ensemble.weights, np.stack(list(members.values())), axes=1)
-        np.testing.assert_array_equal(ensemble.thresholds, choice.fit(combined, labels, Resamples()))
+        np.testing.assert_allclose(ensemble.thresholds, choice.fit(combined, labels, Resamples()), rtol=1e-12)

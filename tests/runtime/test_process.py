@@ -54,6 +54,21 @@ def test_programs_with_closed_streams(words, redirection, status):
     assert (done.returncode, done.stderr) == (status, expected)
 
 
+def test_a_closed_stream_whose_number_a_library_has_taken():
+    """libffi, for one, opens a file for reading when ctypes is imported, and keeps it."""
+    script = """
+import os, sys
+os.open(os.devnull, os.O_RDONLY)
+from triderm_dist.runtime.process import open_missing_streams
+open_missing_streams()
+print("text", flush=True)
+"""
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{script}' >&-"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_missing_home_becomes_a_temporary_folder(tmp_path, monkeypatch, capsys):
     import pwd
 

@@ -136,7 +136,7 @@ class XGBoostStacker(Stacker):
     def contributions(self, columns: np.ndarray) -> np.ndarray | None:
         """Return TreeSHAP values (Lundberg et al. 2020).
 
-        None without XGBoost, and for multi-output trees, for which it has none.
+        None without XGBoost, and for multi-output trees with a version that has none for them (before 3.4).
         """
         if not is_installed("xgboost"):
             return None

@@ -27,7 +27,8 @@ def prepare_process() -> None:
 def open_missing_streams() -> None:
     """Open /dev/null in place of closed standard streams (`>&-`).
 
-    Otherwise the next file that is opened takes the number of one, and what libraries print goes into that file.
+    Otherwise the next file that is opened takes the number of one, and what libraries print goes into that file. Where
+    a library has taken the number already (libffi keeps a file open), only Python's stream is replaced.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -38,7 +39,7 @@ def open_missing_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 class _DroppingStream:

@@ -55,6 +55,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     with path.open("rb") as file:
         start = file.read(START)
         file.seek(0)
+        before = 0
         try:
             tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
             member = tar.next()
@@ -62,7 +63,11 @@ def tar_members(path: Path) -> Iterator[TarMember]:
             kind = kind_of(start)
             what = "damaged at byte 0: no header of a member" if kind == "a tar archive" else f"{kind}, not a plain tar"
             raise DamagedTar(what) from None
-        while member is not None:
+        # The end of a tar leaves the offset where it is, and a member moves it on. With a header of a negative size, a
+        # member may move it back, and by newer versions of Python be taken for the end.
+        while member is not None or tar.offset > before:
+            if member is None or tar.offset <= before:
+                raise DamagedTar(f"damaged at byte {before}: the header of a member has a negative size")
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
             if member.type not in _WITHOUT_DATA:
                 name = printable(member.name)
@@ -73,8 +78,6 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 before, member = tar.offset, tar.next()
             except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError):
                 raise DamagedTar(f"damaged or cut off near byte {tar.offset}: no header of a member") from None
-            if member is not None and tar.offset <= before:  # a header of a negative size: tarfile would never end
-                raise DamagedTar(f"damaged at byte {before}: the header of a member has a negative size")
         _check_end(file, tar.offset, size)
 
 
