@@ -147,9 +147,10 @@ def test_task_with_close_ups_only_and_one_hot_labels(tmp_path: Path) -> None:
     dataset = read_lesions(write(tmp_path, rows, [row["photo"] for row in rows]), task)
     assert labels(dataset) == [0, 1, 1] and dataset.concepts == () and dataset.lesions[0].metadata == ()
     assert dataset.lesions[0].images["dermoscopic"] is None and dataset.lesions[0].lesion_id == "P_0"
-    rows[0]["NEV"] = 1
-    with pytest.raises(InvalidLesions, match="row 2: lesion P_0 needs a single 1"):
-        read_lesions(write(tmp_path, rows, []), task)
+    for wrong in (1, 0.5, ""):
+        rows[0]["NEV"] = wrong
+        with pytest.raises(InvalidLesions, match="row 2: lesion P_0 needs a single 1"):
+            read_lesions(write(tmp_path, rows, []), task)
 
 
 def test_tolerated_gaps_are_noted(tmp_path: Path) -> None:
@@ -270,6 +271,12 @@ def test_photo_is_in_one_row_and_column(tmp_path: Path, cells: list[tuple[str, s
     dataset = read_lesions(tmp_path, task, invalid="drop")
     unused = 4 - len({cell.removesuffix(".jpg") for row in cells for cell in row if "/" not in cell})
     assert len(dataset.lesions) == (1 if says else 2) and f"{unused} photos are not in table.csv" in dataset.notes
+
+
+def test_words_of_concepts_are_read_in_any_case(tmp_path: Path) -> None:
+    rows = [{**row, "s_b": ("PRESENT", "absent")[row["lesion"] == "L1"]} for row in rows_of_photos()]
+    task = task_of(concepts={"names": ["s_b"], "words": {"Absent": 0, "present": 1}})
+    assert [lesion.concepts[0] for lesion in read_lesions(write(tmp_path, rows), task).lesions] == [1, 0, 1, 1]
 
 
 def test_two_spellings_of_a_column_in_a_task(tmp_path: Path) -> None:
