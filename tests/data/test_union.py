@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -174,6 +175,22 @@ def test_only_lesions_that_join_are_extra_rows(union, extra):
     assert union.extra_rows([]).tolist() == rows.tolist()  # a network of concepts and metadata alone
     dropped = extra.without(extra.rows[:3])
     assert LesionUnion(union.main, [dropped]).extra_rows(VIEWS).tolist() == rows[3:].tolist()
+
+
+def test_each_set_reads_ahead_its_own_lesions_at_their_steps(union):
+    class Source(TokenSource):
+        def __init__(self):
+            self.expected = []
+
+        @contextlib.contextmanager
+        def read_ahead(self, rows, batch):
+            self.expected += rows.tolist()
+            yield lambda steps: None
+
+    parts, start = [Source(), Source()], len(union.main)
+    with UnionSource(union, parts, VIEWS).read_ahead(np.array([start + 3, 5, start, 2]), 2):
+        pass
+    assert [part.expected for part in parts] == [[-1, 5, -1, 2], [3, -1, 0, -1]]
 
 
 @pytest.mark.parametrize("augment", [None, AugmentConfig(clinical_dropout=0.5)])

@@ -153,6 +153,13 @@ def test_damaged_list_of_columns_is_written_again(packed: Path, cache: Path) -> 
     assert_same(opened(packed), read_index(packed))
 
 
+def test_columns_of_other_sets_are_kept(packed: Path, cache: Path, tmp_path: Path) -> None:
+    opened(packed)
+    first = only(cache)
+    opened(write_simulated_set(tmp_path / "other", 20))
+    assert first in [*cache.iterdir()] and len([path for path in cache.iterdir() if path.is_dir()]) == 2
+
+
 def test_columns_of_another_content_replace_the_earlier_ones(cache: Path, tmp_path: Path) -> None:
     """Those that are open stay readable."""
     folder = write_simulated_set(tmp_path / "set", 20)
