@@ -6,14 +6,19 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
+
 from tests.fork_server import fork_python
+from triderm_dist.files import LOCK_SECONDS, lock_part
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ROOT / "tests" / "distributed" / "workers"
@@ -43,6 +48,32 @@ def is_free(folder: Path) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
+
+
+@contextlib.contextmanager
+def written_meanwhile(output: Path, write: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Hold OUTPUT.part until the block waits for it, then write the output and remove that folder, as another process
+    does.
+    """
+    part, held, ended = Path(f"{output}.part"), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with lock_part(part, ""):
+            held.set()
+            wait_for(lambda: ended.is_set() or "; waiting at most" in capsys.readouterr().out)
+            write()
+            shutil.rmtree(part)
+
+    thread = threading.Thread(target=other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LOCK_SECONDS, str(HANG_SECONDS))
+        thread.start()
+        held.wait()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def start(

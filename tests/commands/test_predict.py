@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import draw_photo, write_challenge, write_table
-from tests.processes import launch
+from tests.processes import launch, written_meanwhile
 from tests.trained_run import TrainedRun
 from triderm_dist.cli import read_settings
 from triderm_dist.commands.predict import PredictRun, main
@@ -140,6 +141,18 @@ def test_table_to_one_file(trained_run, tmp_path, kind, capsys):
     else:
         with pytest.raises(DataError, match=r"out\.csv: exists and is not"):
             predict(trained_run, f"input={table}", f"output={output}", "tta=1")
+
+
+@pytest.mark.parametrize("kind", ["", ".csv"])
+def test_output_that_another_process_writes_meanwhile_is_kept(trained_run, tmp_path, capsys, kind):
+    words = (f"input={trained_run.test.folder}", "tta=1")
+    theirs, output = tmp_path / f"theirs{kind}", tmp_path / f"mine{kind}"
+    predict(trained_run, *words, f"output={theirs}")
+    refused = pytest.raises(DataError, match="exists and is not the result") if kind else nullcontext()
+    with written_meanwhile(output, lambda: theirs.rename(output), capsys), refused:
+        predict(trained_run, *words, f"output={output}")
+    assert kind or printed(capsys) == f"{output}: holds these predictions already"
+    assert list(tmp_path.iterdir()) == [output]
 
 
 @pytest.mark.parametrize("output", [".", "../here", "../here/new/.."])

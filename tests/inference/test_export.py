@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 
 from tests.inference.small_run import train
 from tests.inference.small_tower import SIZE, SMALL_TOWER
+from tests.processes import written_meanwhile
 from tests.test_commands import commands_in
 from triderm_dist import load
 from triderm_dist.cli import read_settings
@@ -195,6 +197,14 @@ def test_output_that_exists_is_refused_and_kept(run, tmp_path):
     assert (tmp_path / "a.zip").read_text() == "mine"
 
 
+def test_output_that_another_process_writes_meanwhile_is_kept(run, tmp_path, capsys):
+    output = tmp_path / "a.zip"
+    refused = pytest.raises(InputError, match=r"a.zip: exists; remove it, or set another output")
+    with written_meanwhile(output, lambda: output.write_text("theirs"), capsys), refused:
+        export_run(run, output)
+    assert output.read_text() == "theirs" and list(tmp_path.iterdir()) == [output]
+
+
 @pytest.mark.parametrize("name", ["../a", "/a", "a/../b", "a\\b", "c:a", ".a", "a.", "a ", "a?", "a\n", "", "a//b"])
 def test_unsafe_name_is_refused(name):
     with pytest.raises(InputError, match="rename the model"):
@@ -279,13 +289,15 @@ def test_description_of_a_network_is_that_of_its_run(run, tmp_path):
 
 def test_zip_and_hub_folder_predict_as_the_run(trained_run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     run, photos = load(trained_run.folder), sorted(trained_run.test.folder.rglob("*.jpg"))[:2]
-    run.export(tmp_path / "a.zip")
+    run.export("~/a.zip")
     run.export(tmp_path / "hub", "hub")
     expected = run.predict(*photos, age=119)
     assert any("is outside of what the run was trained on" in warning for warning in expected.warnings)
     for exported in ("a.zip", "hub"):
-        found = load(tmp_path / exported).predict(*photos, age=119)
+        shown = [f"~/{os.path.relpath(photo, tmp_path)}" for photo in photos]
+        found = load(tmp_path / exported).predict(*shown, age=119)
         assert found.probabilities == expected.probabilities and found.members == expected.members
         assert found.diagnosis == expected.diagnosis and found.warnings == expected.warnings
 

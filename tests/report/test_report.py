@@ -22,6 +22,7 @@ from triderm_dist.report.content import MIN_COMMON_LESIONS, Content
 from triderm_dist.report.elements import Figure, Share
 from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
+from triderm_dist.report.sections.confusion import confusion
 from triderm_dist.report.sections.ensemble import ensemble
 from triderm_dist.report.sections.head import head
 from triderm_dist.report.sections.malignancy import malignancy
@@ -307,6 +308,41 @@ def test_report_without_reference_results_kinds_and_fields(clinic: Path, tmp_pat
     assert not any(row.note for row in rankings.rows)  # a title that is the name is not repeated
     for heading in ("Published results", "Malignant against benign", "lesions of the same"):
         assert heading not in text
+
+
+def test_diagnoses_and_fields_of_equal_titles_are_told_apart(clinic: Path, tmp_path: Path) -> None:
+    content = Content(clinic)
+    same = [replace(each, title="carcinoma", malignant=at < 2) for at, each in enumerate(CLINIC.diagnoses)]
+    phototype, lesions, _ = CLINIC.fields
+    numbers = [replace(lesions, name=name, column=name, title="moles", unit="") for name in ("Anzahl", "Male")]
+    content.task = replace(CLINIC, diagnoses=tuple(same), fields=(phototype, *numbers))
+    text = page_of(content, tmp_path).text
+    for name in CLINIC.diagnosis_names[:2]:
+        assert f"carcinoma ({name}), target sensitivity 90%: sensitivity" in text
+    for column in ("Anzahl", "Male"):
+        assert f"Median of moles, {column}: " in text
+
+
+def test_columns_of_every_table_have_different_names(run: Path) -> None:
+    for path in (run / "report").glob("*.csv"):
+        header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
+        assert len(set(header)) == len(header), path.name
+
+
+def test_main_figure_has_one_interval(run: Path) -> None:
+    tables = {table.name: table for section in sections_of(Content(run)) for table in section.tables}
+    assert tables["macro_f1"].rows[0].values == tables["metrics"].rows[0].values
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_confusion_says_whether_lesions_have_several_predictions(run: Path, several: bool) -> None:
+    content = Content(run)
+    decisions = np.eye(len(DIAGNOSES), dtype=bool)[content.labels]
+    decisions[0] = several
+    content.rows = replace(content.rows, decisions=decisions)
+    section = confusion(content)
+    caption = section.figures[0].caption
+    assert ("several predictions" in caption) == several and "no diagnosis was predicted" in caption
 
 
 def test_malignant_against_benign_counts_the_kinds_that_the_task_states(clinic: Path) -> None:

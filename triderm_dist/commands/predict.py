@@ -306,7 +306,13 @@ def predict_to_output(config: PredictRun, job: PredictionJob, read: ReadInput) -
                 return True
             refusal = f"{job.part}: another process predicts into it; wait for it or end it"
             stack.enter_context(lock_part(job.part, refusal))
-            return False
+            written = True  # also where this raises: this may have waited for another process that wrote it
+            try:
+                written = is_written(output, job.key)
+            finally:
+                if written:
+                    shutil.rmtree(job.part, ignore_errors=True)
+            return written
 
         if on_main(prepare):
             if is_main():

@@ -45,8 +45,6 @@ def export_run(
     Raises Busy where another process writes the output; InputError if the run is incomplete, the output exists, or a
     network's file does not compute what the network computes.
     """
-    if output.exists():
-        raise ConfigError(f"output={output}: exists; remove it, or set another output")
     if kind == "zip" and output.suffix != ".zip":
         raise ConfigError(f"output={output}: the name of a zip file must end with .zip")
     if kind in ("zip", "hub") and (models, folds, networks) != (None, None, "folds"):
@@ -57,6 +55,8 @@ def export_run(
         raise ConfigError("folds: a refit has one network per model; remove the setting")
     run = open_run_folder(run_folder, networks)
     with new_folder(output) as part:
+        if output.exists():  # only now: this may have waited for another process that wrote it
+            raise ConfigError(f"output={output}: exists; remove it, or set another output")
         if kind == "zip":
             write_slim_run(run, part)
             write_zip(part, output)

@@ -241,8 +241,8 @@ class Run:
         check_choice("format", format, get_args(Format))
         networks: Networks = "refit" if self._run.refitted and format in ("onnx", "torch_export") else "folds"
         export_run(
-            self.folder, Path(output), format, networks=networks, models=models, folds=folds, license_name=license,
-            report=lambda line: None,
+            self.folder, Path(output).expanduser(), format, networks=networks, models=models, folds=folds,
+            license_name=license, report=lambda line: None,
         )  # fmt: skip
 
     def _transforms(self, tta: int | None) -> int:
@@ -278,12 +278,16 @@ class Run:
         fields: Mapping[str, Any],
     ) -> PhotoSet:
         task = self.task
-        given = {view: photo for view, photo in photos.items() if photo is not None}
+        given = {
+            view: Path(photo).expanduser() if isinstance(photo, str | os.PathLike) else photo
+            for view, photo in photos.items()
+            if photo is not None
+        }
         for view, photo in given.items():
             if view not in self.views:
                 raise InputError(f"{view}: task {task.name!r} has no such photo; it has {', '.join(self.views)}")
-            if isinstance(photo, str | os.PathLike) and not Path(photo).is_file():
-                raise InputError(f"{view}: {os.fspath(photo)}: {why_no_file(Path(photo))}")
+            if isinstance(photo, Path) and not photo.is_file():
+                raise InputError(f"{view}: {photo}: {why_no_file(photo)}")
         return PhotoSet(
             task,
             self.concepts,

@@ -70,8 +70,8 @@ def characteristics(task: Task, cohorts: Sequence[Cohort]) -> list[CohortRow]:
     for number, diagnosis in enumerate(task.diagnoses):
         cells = tuple(_of_diagnosis(each, number, diagnosis.name) for each in cohorts)
         rows.append(CohortRow("diagnosis", diagnosis.name, cells))
-    for number, field in enumerate(task.fields):
-        rows += _field_rows(field, [each.metadata[:, number] for each in cohorts])
+    for number, (field, title) in enumerate(zip(task.fields, field_titles(task).values(), strict=True)):
+        rows += _field_rows(field, title, [each.metadata[:, number] for each in cohorts])
     for column, view in enumerate(VIEWS):
         if view in task.view_names and any(each.photos is not None for each in cohorts):
             title = next(each.label for each in task.views if each.name == view)
@@ -86,6 +86,15 @@ def characteristics(task: Task, cohorts: Sequence[Cohort]) -> list[CohortRow]:
     return rows
 
 
+def field_titles(task: Task) -> dict[str, str]:
+    """Return by name the title of each field with its unit; one that several share is followed by the column."""
+    titles = [f"{each.label} ({each.unit})" if each.unit else each.label for each in task.fields]
+    return {
+        each.name: title if titles.count(title) == 1 else f"{title}, {each.column}"
+        for each, title in zip(task.fields, titles, strict=True)
+    }
+
+
 def _of_diagnosis(cohort: Cohort, number: int, name: str) -> Cell:
     if cohort.labels is not None:
         return Share(int((cohort.labels == number).sum()), int((cohort.labels != UNLABELED).sum()))
@@ -94,9 +103,8 @@ def _of_diagnosis(cohort: Cohort, number: int, name: str) -> Cell:
     return None
 
 
-def _field_rows(field: MetadataField, values: Sequence[np.ndarray]) -> Iterator[CohortRow]:
-    """Yield the rows of a metadata field. values: (N,) of each cohort, NaN where missing."""
-    about = f"{field.label} ({field.unit})" if field.unit else field.label
+def _field_rows(field: MetadataField, about: str, values: Sequence[np.ndarray]) -> Iterator[CohortRow]:
+    """Yield the rows of a metadata field. about: its title.  values: (N,) of each cohort, NaN where missing."""
     if field.is_number:
         yield CohortRow(about, "median (quartiles)", tuple(_quartiles(each) for each in values))
     else:

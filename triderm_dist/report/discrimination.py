@@ -122,12 +122,13 @@ class Discrimination:
 
     @cached_property
     def diagnoses(self) -> list[Target]:
-        """Each diagnosis against all others."""
+        """Each diagnosis against all others; a title that several share is followed by the name."""
         rows = self.rows
+        titles = [each.title or each.name for each in self.task.diagnoses]
         return [
             Target(
                 name=diagnosis.name,
-                title=diagnosis.title or diagnosis.name,
+                title=title if titles.count(title) == 1 else f"{title} ({diagnosis.name})",
                 scores=rows.probabilities[:, index],
                 positive=rows.labels == index,
                 decided=rows.decisions[:, index],
@@ -135,7 +136,7 @@ class Discrimination:
                 groups=self.groups,
                 malignant=diagnosis.malignant is True,
             )
-            for index, diagnosis in enumerate(self.task.diagnoses)
+            for index, (diagnosis, title) in enumerate(zip(self.task.diagnoses, titles, strict=True))
         ]
 
     @cached_property
@@ -198,15 +199,9 @@ class Discrimination:
 
     @cached_property
     def macro_f1(self) -> dict[str, Interval]:
-        """Macro F1 of the nested probabilities under each rule: the ensemble's decisions, p > 0.5, and argmax.
-
-        Argmax is left out where the ensemble's decisions are those by argmax.
-        """
+        """Macro F1 of the nested probabilities by p > 0.5, and by argmax unless the ensemble's decisions are those."""
         rows = self.rows
-        rules = {
-            "decisions of the ensemble": rows.decisions,
-            "each diagnosis with p > 0.5": rows.probabilities > metrics.OFFICIAL_THRESHOLD,
-        }
+        rules = {"each diagnosis with p > 0.5": rows.probabilities > metrics.OFFICIAL_THRESHOLD}
         if self.task.decision != "argmax":
             rules["most probable diagnosis"] = metrics.argmax_decisions(rows.probabilities)
         return {name: intervals.macro_f1(table, rows.labels, self.groups) for name, table in rules.items()}

@@ -114,7 +114,10 @@ class Table:
         return part_text(value, part, spec) if part and isinstance(value, Interval) else shown(value, spec)
 
     def csv(self) -> str:
-        """Return the raw values as CSV, with `NAME_low` and `NAME_high` for intervals and `NAME_of` for shares."""
+        """Return the raw values as CSV, with `NAME_low` and `NAME_high` for intervals and `NAME_of` for shares.
+
+        The names of the rows are under `head`, or under `name` where that is the name of a column.
+        """
         extra = [set().union(*(_parts(row.values[at]) for row in self.rows), {""}) for at in range(len(self.columns))]
         parts = [[each for each in ("", "low", "high", "of") if each in found] for found in extra]
         grouped, noted = any(row.group for row in self.rows), any(row.note for row in self.rows)
@@ -125,7 +128,8 @@ class Table:
             for column, some in zip(self.columns, parts, strict=True)
             for part in some
         ]
-        writer.writerow([*(["group"] if grouped else []), self.head or "name", *(["note"] if noted else []), *names])
+        head = self.head if self.head and self.head not in names else "name"
+        writer.writerow([*(["group"] if grouped else []), head, *(["note"] if noted else []), *names])
         for row in self.rows:
             cells = [_raw(value, part) for value, some in zip(row.values, parts, strict=True) for part in some]
             writer.writerow([*([row.group] if grouped else []), row.name, *([row.note] if noted else []), *cells])

@@ -23,12 +23,11 @@ def confusion(content: Content) -> Section:
     of_diagnosis, of_prediction = ratio(matrix, lesions[:, None]), ratio(matrix, calls)
     recalls = ", ".join(f"{name} {100 * of_diagnosis[at, at]:.0f}%" for at, name in enumerate(names) if lesions[at])
     precisions = ", ".join(f"{name} {100 * of_prediction[at, at]:.0f}%" for at, name in enumerate(names) if calls[at])
-    caption = "Percent of the lesions of each diagnosis (rows)." + (
-        " Diagnoses are predicted independently, so a row can add up to more than 100; “none”: no diagnosis was "
-        "predicted."
-        if may_be_none
-        else ""
-    )
+    caption = "Percent of the lesions of each diagnosis (rows)."
+    if (content.rows.decisions.sum(axis=1) > 1).any():
+        caption += " Some lesions have several predictions, so a row can add up to more than 100."
+    if may_be_none:
+        caption += " “none”: no diagnosis was predicted."
     size = max(4.2, 0.9 + 0.57 * len(names)), max(3.2, 0.5 + 0.5 * len(names))
     tables = [
         _table("confusion", "Lesions of each diagnosis (row) by prediction (column)", names, predicted, matrix),

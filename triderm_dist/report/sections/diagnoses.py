@@ -51,13 +51,13 @@ def diagnoses(content: Content) -> Section:
         Column("average_precision", "average precision"),
         Column("share", "by chance: share of the lesions"),
     ]
-    rules = [Row(name, (interval,)) for name, interval in found.macro_f1.items()]
+    rules = {"decisions of the ensemble": content.score, **found.macro_f1}
     return Section(
         "Diagnoses",
         "diagnoses.html",
         tables=[
             Table("macro_f1", "Macro F1 of the same probabilities by what counts as predicted",
-                  [Column("nested", "macro F1")], rules, "predicted"),
+                  [Column("nested", "macro F1")], [Row(name, (score,)) for name, score in rules.items()], "predicted"),
             Table("diagnoses", "Decisions on each diagnosis against all others", columns, rows, "diagnosis",
                   emphasis=True),
             Table("rankings", "Ranking of the lesions by the probability of each diagnosis", of_rankings, rankings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from triderm_dist.report.cohort import field_titles
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Flag, Row, Section, Table, Value
 from triderm_dist.report.slices import (
@@ -76,5 +77,4 @@ def _title(content: Content, field: str) -> str:
         return f"lesions of the same {content.task.columns.group or 'group'}"
     if field in (PHOTOS, CONCEPTS):
         return {PHOTOS: "missing photos", CONCEPTS: "concept scores"}[field]
-    info = next(each for each in content.task.fields if each.name == field)
-    return f"{info.label} ({info.unit})" if info.unit else info.label
+    return field_titles(content.task)[field]
