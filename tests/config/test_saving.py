@@ -19,12 +19,13 @@ def test_saved_settings_round_trip_and_can_be_overridden(tmp_path):
     "setting",
     [
         "models.a.train.augment.extra={hue: {}}",
-        "models.a.train.loss.terms={mine: {weight: 1, settings: {}}}",
+        "models.a.train.loss.terms={mine: {settings: {scale: null}}}",
         "train.tracker_settings={wandb: {name: '12e5', id: '7', notes: '', tags: ['true', 'null', '-.5']}}",
     ],
 )
 def test_settings_without_a_type_round_trip(setting, tmp_path):
-    config = load(Experiment, None, [setting, "train.augment.extra={blur: {}}", "models.b.width=64"])
+    shared = ["train.augment.extra={blur: {}}", "train.loss.terms={mine: {weight: 1}}", "models.b.width=64"]
+    config = load(Experiment, None, [setting, *shared])
     save(config, tmp_path / "config.yaml")
     assert load(Experiment, tmp_path / "config.yaml") == config
 

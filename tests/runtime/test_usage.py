@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,15 @@ def test_table_has_the_sum_of_all_stages():
 @pytest.fixture(autouse=True)
 def no_file(monkeypatch):
     monkeypatch.delenv(USAGE_FILE, raising=False)
+
+
+def test_child_whose_name_is_cut_within_a_character(tmp_path):
+    program = tmp_path / ("ä" * 8)  # the kernel keeps 15 of the 16 bytes
+    program.symlink_to(os.path.realpath(sys.executable))
+    with subprocess.Popen([program, "-c", "import time; time.sleep(100)"]) as child:
+        try:
+            while os.fsencode(program.name)[:15] not in Path(f"/proc/{child.pid}/stat").read_bytes():
+                time.sleep(0.01)
+            assert usage._running_children_cpu_seconds() >= 0
+        finally:
+            child.kill()

@@ -126,7 +126,7 @@ def register_secrets(value: Any, pass_on: bool = False) -> None:
     if isinstance(value, Mapping):
         for name, each in value.items():
             register_secrets(each, pass_on)
-            if isinstance(each, str) and len(each) >= _SHORTEST and is_secret_name(str(name)) and each != REDACTED:
+            if isinstance(each, str) and len(each) >= _SHORTEST and is_secret_name(str(name)):
                 _registered.add(each)
     elif isinstance(value, list | tuple):
         for each in value:

@@ -159,14 +159,14 @@ def _running_children_cpu_seconds() -> float:
 
     A fork server ends after this process, which nobody waits for.
     """
-    clock_ticks = 0
-    try:
-        for path in Path("/proc/self/task").glob("*/children"):
-            for child in path.read_text(encoding="ascii").split():
-                fields_after_name = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-                clock_ticks += sum(map(int, fields_after_name[11:15]))  # utime, stime, cutime, cstime
-    except OSError:
-        pass
+    clock_ticks, children = 0, list[str]()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended
+            children += path.read_text(encoding="ascii").split()
+    for child in children:
+        with suppress(OSError):  # a child that has ended
+            fields_after_name = Path(f"/proc/{child}/stat").read_bytes().rpartition(b")")[2].split()
+            clock_ticks += sum(map(int, fields_after_name[11:15]))  # utime, stime, cutime, cstime
     return clock_ticks / os.sysconf("SC_CLK_TCK")
 
 
