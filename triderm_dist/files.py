@@ -174,6 +174,11 @@ def resolve_dots(path: Path) -> Path:
     return path if path.name.strip(".") else Path(os.path.abspath(path))
 
 
+def follow_link(path: Path) -> Path:
+    """Return the path that a symbolic link leads to, and any other path as it is: a folder is not renamed to a link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def why_no_folder(path: Path) -> str:
     """Say why a path that should be a folder is none."""
     return "is a file, not a folder" if path.exists() else "no such folder"

@@ -155,6 +155,15 @@ def test_output_that_another_process_writes_meanwhile_is_kept(trained_run, tmp_p
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_output_that_is_a_symbolic_link_is_written_where_it_leads(trained_run, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    words = (f"input={trained_run.test.photo(1)}", "view=clinical", "tta=1")
+    predict(trained_run, *words, f"output={tmp_path / 'link'}")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+    assert (tmp_path / "disk" / "out" / "probabilities.csv").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"] and (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize("output", [".", "../here", "../here/new/.."])
 def test_output_in_the_working_folder(trained_run, tmp_path, monkeypatch, output):
     photo = trained_run.test.photo(1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import launch
+from tests.processes import launch, written_meanwhile
 from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.readers.milk10k import CONCEPTS, MONET_COLUMNS, read_challenge
 from triderm_dist.data.readers.table import read_table
 from triderm_dist.data.synthetic import truth_file
 from triderm_dist.data.synthetic import write_demo as write_set
 from triderm_dist.data.synthetic.table import levels_of, modalities
-from triderm_dist.schema import DIAGNOSES, UNLABELED, ConfigError, Task
+from triderm_dist.schema import DIAGNOSES, UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import load_task, task_names
 
 
@@ -124,6 +126,23 @@ def test_existing_data_is_never_overwritten(demo: Path, tmp_path: Path) -> None:
     assert (demo / "README.txt").stat().st_mtime_ns == before
     other = write_demo(demo, lesions=130, test_lesions=60, seed=1)
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "is not this demo data" in other.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_data_that_another_process_has_written_meanwhile_are_kept(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    output = tmp_path / "out"
+    refused = pytest.raises(DataError, match="out: exists and is not this demo data") if seed else nullcontext()
+    with written_meanwhile(output, lambda: shutil.copytree(demo, output), capsys), refused:
+        assert not write_set(output, load_task("milk10k"), 130, 60, seed)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_data_are_written_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "demo")
+    assert write_set(tmp_path / "link", Task.from_mapping(PER_PHOTO, "test"), 20, 10, 0)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "demo" / "README.txt").is_file()
 
 
 # --- any task --------------------------------------------------------------------------------------------------------

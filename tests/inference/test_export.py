@@ -205,6 +205,13 @@ def test_output_that_another_process_writes_meanwhile_is_kept(run, tmp_path, cap
     assert output.read_text() == "theirs" and list(tmp_path.iterdir()) == [output]
 
 
+def test_output_that_is_a_symbolic_link_is_written_where_it_leads(run, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    export_run(run, tmp_path / "link", "hub")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"] and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
 @pytest.mark.parametrize("name", ["../a", "/a", "a/../b", "a\\b", "c:a", ".a", "a.", "a ", "a?", "a\n", "", "a//b"])
 def test_unsafe_name_is_refused(name):
     with pytest.raises(InputError, match="rename the model"):

@@ -126,7 +126,7 @@ def main(config: IndexConfig) -> None:
         print_problems(error.problems, table)
         raise
     print_problems(index.problems, table)
-    print_index(index)
+    print_index(index, "indexed")
 
 
 def start() -> None:

@@ -33,7 +33,7 @@ def main(config: VerifyConfig) -> None:
     if problems:
         print_problems(problems, Path(f"{local_name(config.folder)}.problems.csv"))
         raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
-    print_index(index)
+    print_index(index, "verified")
     folds = f"{config.folds} folds are possible" if (index.labels >= 0).any() else "no labels, so no folds"
     photos = int((index.sizes > 0).sum())
     missing = len(index.task.views) * len(index) - photos

@@ -11,7 +11,7 @@ import torch
 from triderm_dist.config import Networks
 from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
-from triderm_dist.files import file_sha256, new_folder, size_of, size_text, write_json
+from triderm_dist.files import file_sha256, follow_link, new_folder, size_of, size_text, write_json
 from triderm_dist.inference.exported_files import BATCHES, SUFFIXES, check_installed, versions, write_network
 from triderm_dist.inference.exported_network import ExportedNetwork, describe_network
 from triderm_dist.inference.networks import NetworkLoader, Preprocessing
@@ -54,6 +54,8 @@ def export_run(
     if folds is not None and networks == "refit":
         raise ConfigError("folds: a refit has one network per model; remove the setting")
     run = open_run_folder(run_folder, networks)
+    if kind != "zip":
+        output = follow_link(output)
     with new_folder(output) as part:
         if output.exists():  # only now: this may have waited for another process that wrote it
             raise ConfigError(f"output={output}: exists; remove it, or set another output")

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from triderm_dist.checksums import DamagedFile, read_checked_parquet
-from triderm_dist.files import PATIENT_DATA, atomic_path, resolve_dots
+from triderm_dist.files import PATIENT_DATA, atomic_path, follow_link, resolve_dots
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.submission import (
     PROBABILITIES_FILE,
@@ -60,7 +60,7 @@ def is_written(output: Path, key: str) -> bool:
 
 def part_of(output: Path) -> Path:
     """Return the folder that holds the work on an output until it is complete."""
-    return Path(f"{resolve_dots(output)}.part")
+    return Path(f"{follow_link(resolve_dots(output))}.part")
 
 
 def write_output(output: Path, table: pa.Table, task: Task, about: Mapping[str, Any]) -> list[Path]:
@@ -83,7 +83,7 @@ def write_output(output: Path, table: pa.Table, task: Task, about: Mapping[str, 
     if task.submission and len(table):
         results = results_of(table, task)
         names += [path.name for path in write_results(folder, task, results, sorted(results.lesion_ids))]
-    place = resolve_dots(output)
+    place = follow_link(resolve_dots(output))
     place.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(place)
     return [output / name for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tests.conftest import Challenge, write_table
 from tests.processes import ROOT
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import CONCEPTS, read_challenge
-from triderm_dist.schema import DIAGNOSES, UNLABELED, DataError
+from triderm_dist.data.readers.milk10k.labels import read_finer_labels
+from triderm_dist.schema import DIAGNOSES, UNLABELED, DataError, FineLabels
 from triderm_dist.tasks import milk10k_task
 
 Make = Callable[..., Challenge]
@@ -345,6 +347,27 @@ BROKEN = {
     "label text": (edit_truth(3, BKL="yes"), r"GroundTruth.csv, row 5: lesion IL_1021 needs a single 1"),
     "label half": (edit_truth(3, BKL=0.5, NV=0.5), r"GroundTruth.csv, row 5: lesion IL_1021 needs a single 1"),
 }
+
+
+def test_photo_with_two_finer_labels_is_refused(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    task = replace(milk10k_task(), fine=FineLabels("diagnosis_full", {"NV": ("Blue", "Spitz"), "MEL": ("Nodular",)}))
+    photos = [row["isic_id"] for row in challenge.metadata]
+    table = challenge.folder / f"{challenge.prefix}_Supplement.csv"
+    rows = [{"isic_id": photos[0], "diagnosis_full": "Blue"}, {"isic_id": photos[1], "diagnosis_full": ""}]
+    write_table(table, [*rows, {**rows[0], "diagnosis_full": "blue"}, rows[1]])
+    assert read_finer_labels(challenge.metadata_path, task) == (
+        {photos[0]: 0},
+        [f"{table}: rows that repeat a photo with the same diagnosis_full: 2"],
+    )
+    for row, other in ((rows[0], "Spitz"), (rows[0], ""), (rows[1], "Spitz")):
+        write_table(table, [*rows, {**row, "diagnosis_full": other}])
+        message = f"{table}, row 4: photo {row['isic_id']} occurs twice: diagnosis_full {other!r}, and "
+        with pytest.raises(DataError) as caught:
+            read_challenge(challenge.folder, task)
+        assert str(caught.value).startswith(message) and str(caught.value).endswith(
+            f"{row['diagnosis_full']!r} in {table}, row {2 + rows.index(row)}; remove one"
+        )
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -499,6 +499,20 @@ def test_unwritable_cache_is_named(server, tmp_path):
         open_index(server.url, settings(tmp_path, cache=str(tmp_path / "file" / "cache")))
 
 
+def test_too_few_file_descriptors_are_named(server, tmp_path):
+    index = open_index(server.url, settings(tmp_path))
+    index.remote.open(index.shards[0]).close()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest descriptor that is free
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        with pytest.raises(DataError, match=rf"{index.shards[0].url}: Too many open files; raise ulimit -n$"):
+            index.remote.open(index.shards[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_cache_in_a_folder_with_other_files_leaves_them_alone(server, tmp_path):
     """Not even an eviction removes a file that is not of a cache."""
     root = tmp_path / "disk"

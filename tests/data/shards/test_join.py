@@ -181,6 +181,14 @@ def test_two_processes_do_not_write_one_set(dataset: Dataset, tmp_path: Path, mo
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_output_that_is_a_symbolic_link_is_written_where_it_leads(dataset: Dataset, tmp_path: Path) -> None:
+    index = pack(dataset, tmp_path / "all")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    join_sets([index], [everything(index)], tmp_path / "link")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+    assert (tmp_path / "link").is_symlink() and len(read_index(tmp_path / "link")) == len(index)
+
+
 def test_joined_tar_folders_train_like_one(tmp_path: Path) -> None:
     """Tars of other programs: indexed as one folder, or as two that are joined, an epoch gives the same batches."""
     both = tmp_path / "both"

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Challenge
-from tests.processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS, written_meanwhile
 from triderm_dist.data.photo_formats import READ_FORMATS
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Dataset
@@ -185,6 +185,35 @@ def test_slices_give_the_bytes_of_one_process(make_challenge: Make, tmp_path: Pa
     sliced = packed(dataset, tmp_path / "sliced", invalid="drop", finish=True)
     assert contents(sliced.folder) == contents(packed(dataset, tmp_path / "whole", invalid="drop").folder)
     assert not (tmp_path / "sliced.part").exists()
+
+
+def test_slice_that_waited_for_the_finished_set_packs_nothing(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, output = packed(dataset, tmp_path / "first").folder, tmp_path / "out"
+    with (
+        written_meanwhile(output, lambda: first.rename(output), capsys),
+        pytest.raises(DataError, match="out: exists; choose another output folder or delete this one"),
+    ):
+        pack_slice(dataset, output, 1, 2, short_side=24, shard_samples=5)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_output_may_be_a_symbolic_link(dataset: Dataset, tmp_path: Path, exists: bool) -> None:
+    """The set and its unfinished folder are where the link leads to, as on another disk, and the link stays."""
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk / "set")
+    if exists:
+        (disk / "set").mkdir()
+    with pytest.raises(Stopped):
+        packed(dataset, link, progress=stop_at(20))
+    assert (disk / "set.part").is_dir() and not (tmp_path / "link.part").exists()
+    index = packed(dataset, link)
+    assert [path.name for path in disk.iterdir()] == ["set"] and link.is_symlink()
+    assert contents(link) == contents(packed(dataset, tmp_path / "reference").folder)
+    assert packed(dataset, link).fingerprint == index.fingerprint
 
 
 def test_finishing_needs_every_slice(dataset: Dataset, tmp_path: Path) -> None:
@@ -431,3 +460,5 @@ def test_what_was_read_converted_and_dropped_is_printed(make_challenge: Make, tm
         "           MILK10k_Training_Input/IL_1014/ISIC_5004.jpg: no JPEG, PNG, WebP,",
     ]
     assert "packed     4 lesions, 8 photos" in lines
+    print_index(read_index(tmp_path / "packed"), "verified")
+    assert "verified   4 lesions, 8 photos" in capsys.readouterr().out.splitlines()

@@ -58,8 +58,8 @@ def print_problems(problems: Sequence[Problem], table: Path) -> None:
     print(f"{len(problems)} problems: {counts}; all in {table}")
 
 
-def print_index(index: ShardIndex) -> None:
-    """Print the lesions of each diagnosis, notes, and what was read, converted, dropped and packed."""
+def print_index(index: ShardIndex, done: str = "packed") -> None:
+    """Print the lesions of each diagnosis, notes, and what was read, converted, dropped and `done`."""
     counts = [(name, count) for name, count in (*index.counts().items(), ("unlabeled", index.unlabeled)) if count]
     width = max(10, *(len(name) for name, _ in counts)) if counts else 0
     for diagnosis, count in counts:
@@ -76,9 +76,9 @@ def print_index(index: ShardIndex) -> None:
         own = [problem for problem in index.problems if problem.kind == kind]
         lesions = counted(len({problem.lesion_id for problem in own}), "lesion")
         rows.append(("dropped", f"{lesions}: {kind}, such as {own[0]}"))
-    rows.append(("packed", f"{counted(len(index), 'lesion')}, {counted(photos, 'photo')}"))
+    rows.append((done, f"{counted(len(index), 'lesion')}, {counted(photos, 'photo')}"))
     for what, line in rows:
         print(wrapped(f"{what:<10} {line}", " " * 11))
     where = index.remote.store.shown("").rstrip("/") if index.remote else index.folder
-    packed = f"{counted(len(index), 'lesion')}{text}, {counted(len(index.shards), 'shard')}"
-    print(wrapped(f"{packed}, {size / 1e6:.1f} MB in {where}"))
+    summary = f"{counted(len(index), 'lesion')}{text}, {counted(len(index.shards), 'shard')}"
+    print(wrapped(f"{summary}, {size / 1e6:.1f} MB in {where}"))

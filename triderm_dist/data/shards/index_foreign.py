@@ -36,7 +36,7 @@ from triderm_dist.data.shards.scan_tar import MAX_NAMES, TarFile, TarScan, TarSc
 from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
-from triderm_dist.files import PATIENT_DATA, is_writable, write_text
+from triderm_dist.files import PATIENT_DATA, follow_link, is_writable, write_text
 from triderm_dist.runtime.messages import listed, printable
 from triderm_dist.runtime.redact import redact, redact_tree, register_secrets
 from triderm_dist.schema import DataError, Task
@@ -146,7 +146,7 @@ def _target(where: str, output: str | os.PathLike[str] | None) -> Path | None:
     target = Path(output)
     if target.exists() and not (target / TARS).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: exists and is not an index of tars behind a URL; choose another output folder")
-    return target
+    return follow_link(target)
 
 
 def _publish_index(folder: Path, url: str) -> None:

@@ -30,7 +30,7 @@ from triderm_dist.data.shards.index_schema import MAX_SELECTED
 from triderm_dist.data.shards.photos import PROBE, size_and_hash, start_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import copy_file, new_folder
+from triderm_dist.files import copy_file, follow_link, new_folder
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError
 
@@ -52,6 +52,7 @@ def join_sets(
     """
     if output.exists():
         raise DataError(f"{output}: exists; choose another output folder or delete this one")
+    output = follow_link(output)
     _check_alike(sets)
     _check_distinct(sets, keep)
     try:

@@ -44,7 +44,7 @@ from triderm_dist.data.shards.shard_writer import ShardWriter
 from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
-from triderm_dist.files import PART_LOCK
+from triderm_dist.files import PART_LOCK, follow_link
 from triderm_dist.runtime.memory import return_freed_memory
 from triderm_dist.schema import DataError
 from triderm_dist.tasks import check_packed_for, recorded_task
@@ -129,12 +129,16 @@ def pack_slice(
     full disk.
     """
     packer = _Packer(dataset, output, short_side, shard_samples, invalid, workers, progress)
+    exists = f"{packer.folder}: exists; choose another output folder or delete this one"
     if packer.output_exists():
-        raise DataError(f"{packer.folder}: exists; choose another output folder or delete this one")
+        raise DataError(exists)
     numbers = range(number - 1, len(packer.lesions), of)
     packer.total = sum(map(packer.lesions.size, numbers))
     part = packer.part.path
     with lock_slice(part, number, of, _refusal(part)):
+        if packer.output_exists():  # completed by another process in the meantime
+            packer.remove_empty_part()
+            raise DataError(exists)
         problems = _problems_of(packer.write(numbers))
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, packer.total)
@@ -168,7 +172,7 @@ class _Packer:
         progress: Progress | None,
     ) -> None:
         self.dataset, self.task, self.invalid, self.progress = dataset, dataset.task, invalid, progress
-        self.folder, self.url = local_name(output), os.fspath(output) if is_url(output) else None
+        self.folder, self.url = follow_link(local_name(output)), os.fspath(output) if is_url(output) else None
         self.part = PartFolder(self.folder.with_name(self.folder.name + ".part"), self.url)
         self._check_tables()
         return_freed_memory()  # of reading the tables
@@ -213,9 +217,13 @@ class _Packer:
             return index
         if packed_for != self.task:  # in titles, for example
             write_checked_json(folder / INDEX, {**found, "task": self.task.to_mapping()})
-        if (self.part.path / PART_LOCK).exists() and not (self.part.path / "shards").exists():
-            shutil.rmtree(self.part.path)  # left by a run that was killed after the rename
+        self.remove_empty_part()
         return read_index(folder)
+
+    def remove_empty_part(self) -> None:
+        """Remove the folder OUTPUT.part without shards: of a run that was killed after the rename, or waited for it."""
+        if (self.part.path / PART_LOCK).exists() and not (self.part.path / "shards").exists():
+            shutil.rmtree(self.part.path)
 
     def _fingerprint(self) -> str:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""

@@ -343,6 +343,8 @@ def disk_error(folder: Path, error: OSError) -> DataError:
         return DataError(
             f"{folder}: the disk is full ({error.strerror}); free some space, or set data.remote.cache to another disk"
         )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return DataError(f"{error.filename or folder}: {error.strerror}; raise ulimit -n")
     return DataError(f"{folder}: {error.strerror or error}; set data.remote.cache to a writable folder")
 
 

@@ -147,14 +147,15 @@ def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Yield the same rows in tables of `ROW_GROUP` rows, so that many small shards do not make small row groups."""
-    waiting: list[pa.Table] = []
+    waiting, rows = list[pa.Table](), 0
     for table in tables:
         waiting.append(table)
-        if sum(map(len, waiting)) >= ROW_GROUP:
+        rows += len(table)
+        if rows >= ROW_GROUP:
             joined = pa.concat_tables(waiting)
-            full = len(joined) // ROW_GROUP * ROW_GROUP
+            full = rows // ROW_GROUP * ROW_GROUP
             yield joined.slice(0, full)
             return_freed_memory()
-            waiting = [joined.slice(full)]
+            waiting, rows = [joined.slice(full)], rows - full
     if waiting:
         yield pa.concat_tables(waiting)

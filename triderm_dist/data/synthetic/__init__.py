@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from triderm_dist.files import naming_file, new_folder, resolve_dots
+from triderm_dist.files import follow_link, naming_file, new_folder, resolve_dots
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
 
@@ -46,13 +46,12 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
     settings = f"settings: lesions={lesions} test_lesions={test_lesions} seed={seed}"
     if task != load_task("milk10k"):
         settings += f" task={json.dumps(task.to_mapping())}"
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        readme = output / "README.txt"
-        if readme.is_file() and settings in readme.read_text(encoding="utf-8", errors="replace").splitlines():
-            return False
-        raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
-    output = resolve_dots(output)
+    if _is_written(output, settings):
+        return False
+    output = follow_link(resolve_dots(output))
     with new_folder(output) as temporary:
+        if _is_written(output, settings):  # by another process in the meantime
+            return False
         train, test, truth = (temporary / name for name in ("train", "test", "truth"))
         for folder in (train, test, truth):
             folder.mkdir(parents=True)
@@ -63,6 +62,16 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
             (temporary / "README.txt").write_text(f"{text}\n{settings}\n", encoding="utf-8")
         temporary.rename(output)
     return True
+
+
+def _is_written(output: Path, settings: str) -> bool:
+    """Return whether an output holds the data of these settings. Raises DataError for other files."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    readme = output / "README.txt"
+    if readme.is_file() and settings in readme.read_text(encoding="utf-8", errors="replace").splitlines():
+        return True
+    raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
 
 
 def truth_file(output: Path, task: Task) -> Path:

@@ -11,7 +11,8 @@ Supported layouts, by the names of their tables (any case; in the folder itself,
     metadata.csv, images/PHOTO.jpg
 
 Photos are found by name at any depth below `*_Input` or `images`, so a folder may be nested twice. Tables may have any
-delimiter and encoding that `table` reads. The supplement holds label information and is never read.
+delimiter and encoding that `table` reads. The supplement holds label information, and is read only where the task has
+finer labels.
 
 Diagnoses, fields, and the words of views and missing values are those of the task; the names of the other columns are
 the challenge's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from triderm_dist.data.readers.lesion_table import no_labels
 from triderm_dist.data.readers.parsed_columns import ParsedColumns
 from triderm_dist.data.readers.table import find_tables, read_table
 from triderm_dist.data.shards.format import Text
+from triderm_dist.runtime.messages import quoted
 from triderm_dist.schema import UNLABELED, DataError, Task, TaskColumns
 from triderm_dist.tasks import milk10k_task
 
@@ -62,18 +64,36 @@ def read_labels(path: Path, task: Task | None = None) -> dict[str, int]:
     return dict(zip(truth.names, labels.tolist(), strict=True))  # no lesion has two rows
 
 
-def read_finer_labels(metadata: Path, task: Task) -> dict[str, int]:
-    """Return the number of the finer label of each photo that has one, from the supplement next to the metadata."""
+def read_finer_labels(metadata: Path, task: Task) -> tuple[dict[str, int], list[str]]:
+    """Return the number of the finer label of each photo that has one, from the supplement next to the metadata, and
+    notes.
+
+    Raises DataError for a photo with different finer labels.
+    """
     if task.fine is None:
-        return {}
-    found = {}
+        return {}, []
+    found, notes = {}, []
+    first: dict[str, tuple[str, str]] = {}
     for path in find_tables(metadata.parent):
         if path.stem.lower().endswith("supplement"):
             columns = ("isic_id", task.fine.column)
             table = read_table(path, task.table).named(columns)
             table.require(columns)
-            for ids, words in table.parts(*columns):
-                for isic_id, word in zip(ids.to_pylist(), words.to_pylist(), strict=True):
-                    if (number := task.fine.label_of(word)) != UNLABELED:
-                        found[isic_id] = number
-    return found
+            repeated = 0
+            parts = (zip(ids.to_pylist(), words.to_pylist(), strict=True) for ids, words in table.parts(*columns))
+            for row, (isic_id, word) in enumerate(chain.from_iterable(parts)):
+                if not isic_id:
+                    continue
+                where = table.where(row)
+                earlier, there = first.setdefault(isic_id, (word, where))
+                if earlier.lower() != word.lower():
+                    raise DataError(
+                        f"{where}: photo {isic_id} occurs twice: {task.fine.column} {quoted(word)}, and "
+                        f"{quoted(earlier)} in {there}; remove one"
+                    )
+                repeated += there != where
+                if (number := task.fine.label_of(word)) != UNLABELED:
+                    found[isic_id] = number
+            if repeated:
+                notes.append(f"{path}: rows that repeat a photo with the same {task.fine.column}: {repeated:,}")
+    return found, notes

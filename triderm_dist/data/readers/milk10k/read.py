@@ -62,7 +62,8 @@ def read_challenge(
             columns.labels_of_lesions, label_problems = match_labels(
                 truth_path, task, columns.names, metadata_path.name
             )
-        columns.finer = read_finer_labels(metadata_path, task)
+        columns.finer, notes_on_finer = read_finer_labels(metadata_path, task)
+        columns.notes += notes_on_finer
         builder = LesionBuilder(columns, PhotoFinder(photo_roots), missing_view == "mark")
         lesions = builder.build()
     if label_problems:
