@@ -250,7 +250,10 @@ def _confined(counts: np.ndarray) -> np.ndarray:
 
 
 def _spread(fold_of_group: np.ndarray, large: np.ndarray, content: _Content, counts: np.ndarray) -> None:
-    """Move groups, in place, as long as that reduces the number of labels that are in one fold only."""
+    """Move groups, in place, as long as that reduces the number of labels that are in one fold only.
+
+    No move empties a fold: all labels in it would then be in one fold only, or as before.
+    """
     moved = True
     while moved:
         moved = False
@@ -260,7 +263,7 @@ def _spread(fold_of_group: np.ndarray, large: np.ndarray, content: _Content, cou
                 trial = counts.copy()
                 trial[old] -= row
                 trial[new] += row
-                if trial[old].sum() and _confined(trial).sum() < _confined(counts).sum():
+                if _confined(trial).sum() < _confined(counts).sum():
                     counts[:] = trial
                     fold_of_group[large[group]] = new
                     moved = True
