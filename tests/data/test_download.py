@@ -79,9 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in server.headers.items():
             self.send_header(name, value)
         if fault != "no length":
-            self.send_header("Content-Length", str(len(data) - start + (1000 if fault == "too long" else 0)))
+            more = 1000 if fault in ("too long", "more bytes") else 0
+            self.send_header("Content-Length", str(len(data) - start + more))
         self.end_headers()
-        body = data[start:]
+        body = data[start:] + bytes(1000 if fault == "more bytes" else 0)
         if fault in ("truncated", "reset", "stall"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
@@ -115,6 +116,12 @@ def test_transient_faults_are_retried(server: Server, tmp_path: Path, fault: str
     assert path.read_bytes() == DATA and [each.name for each in path.parent.iterdir()] == ["file"]
 
 
+def test_range_with_more_bytes_than_announced_is_discarded(server: Server, tmp_path: Path) -> None:
+    server.faults = ["truncated", "more bytes"]
+    fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
+    assert (tmp_path / "file").read_bytes() == DATA and server.ranges == [None, "bytes=256000-", None]
+
+
 def test_resumed_download_requests_only_the_missing_bytes(server: Server, tmp_path: Path) -> None:
     server.faults = ["truncated", "503", "503", "503"]
     with pytest.raises(Interrupted, match=r"503 Service Unavailable, 3 attempts in a row; 256000 bytes are kept"):
@@ -138,8 +145,10 @@ def test_changed_file_is_downloaded_from_the_start(server: Server, tmp_path: Pat
     with pytest.raises(Interrupted):
         fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
     server.files["/file"] = other
+    server.ranges.clear()
     fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
     assert (tmp_path / "file").read_bytes() == other
+    assert len(server.ranges) == (1 if tags else 2)  # with If-Range the first answer is the whole file
 
 
 def test_download_checksums_are_verified(server: Server, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The loader yields the right lesion in each row, for any number of threads, from photos and from tokens."""
 
+import contextlib
 import sys
 from dataclasses import replace
 
@@ -64,6 +65,21 @@ def test_batch_rows_contain_the_right_lesions(index, workers):
                 photo = simplejpeg.decode_jpeg(read_photo_bytes(index, row, view))[:, 6:42]  # 48 x 36, centered
                 expected = torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255 * 2 - 1
                 torch.testing.assert_close(pixels[at], expected, atol=1e-5, rtol=0)
+    source.close()
+
+
+def test_shards_are_released_for_the_steps_that_were_yielded(index):
+    """A source may release what no later step reads: neither the current one, nor one that is decoded in advance."""
+    released = []
+
+    class Source(PhotoSource):
+        def read_ahead(self, rows, batch):
+            return contextlib.nullcontext(released.append)
+
+    source = Source(index, 24, *HALF)
+    batches = EpochPlan(Samples.of(index, np.arange(len(index))), Sampling("shuffle"), 0, 0).batches(0, 1, 8)
+    loader = Loader(index, source, batches, micro_batch=4, device=CPU, prefetch=4)
+    assert [list(released) for _ in loader] == [[1], [1, 2], [1, 2, 3]]
     source.close()
 
 

@@ -101,6 +101,21 @@ def test_shared_photos_are_found_among_all_views(copied, tmp_path):
     assert [extra.lesion_ids[shared.row] for shared in only] == ["B"]
 
 
+@pytest.mark.parametrize("nearer", VIEWS)
+def test_of_two_similar_photos_the_nearer_is_named(nearer, tmp_path):
+    """One photo of the lesion is a fair copy of one of L003, the other is nearly that of L005."""
+    main, images = main_set(tmp_path / "main"), {}
+    for view, lesion, other in ((nearer, 5, 0.01), (VIEWS[nearer == VIEWS[0]], 3, 0.1)):
+        images[view] = str(tmp_path / f"{view}.jpg")
+        with Image.open(tmp_path / "main-photos" / f"{lesion}-{view}.jpg") as photo:
+            Image.blend(photo, draw_photo(77_777), other).save(images[view], quality=90)
+    lesion = Lesion("A", images, (0.5,) * 4, (40.0, 0.0, 0.0), 0, "A")
+    extra = pack_shards(Dataset(main.task, [lesion], main.concepts, True, []), tmp_path / "copied", short_side=None)
+    thumbnails = [computed(index, tmp_path / "cache") for index in (extra, main)]
+    (found,) = find_shared(*thumbnails, np.arange(1), CPU)
+    assert main.lesion_ids[found.main_row] == "L005"
+
+
 def test_equal_photos_are_found_by_reading_few(copied, monkeypatch):
     main, extra = copied
     found = [extra.lesion_ids[row] for row in rows_with_equal_photo(extra, main)]

@@ -1,5 +1,6 @@
 """The XGBoost stacker: reproducible, on the requested device, in memory or from a file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,21 @@ def test_a_row_that_stands_for_many_lesions_weighs_as_much(table: OofTable) -> N
     alone = _row_weights(training_rows(table, weights=times.astype(float)), 0.5)
     copies = _row_weights(rows.take(repeated), 0.5)
     np.testing.assert_allclose(np.bincount(repeated, copies) / copies.sum(), alone / alone.sum())
+
+
+def test_early_stopping_weighs_a_row_as_the_lesions_that_it_stands_for() -> None:
+    """A row of weight n gives the number of rounds of n equal rows, which is another one than that of a single row."""
+    generator = np.random.default_rng(3)
+    labels = np.repeat(np.arange(3), 60)
+    columns = (labels[:, None] + generator.integers(0, 5, (180, 4))).astype(np.float32)
+    times = generator.choice([1, 9], 180)
+    rows = TrainingRows(columns, np.arange(180), labels, np.arange(180), tuple("abcd"), tuple("ABC"))
+    settings = QUICK.model_copy(
+        update={"min_child_weight": 0, "reg_lambda": 0, "subsample": 1, "colsample_bytree": 1, "max_rounds": 60}
+    )
+    weighted, repeated = replace(rows, weights=times.astype(float)), rows.take(np.repeat(np.arange(180), times))
+    rounds = [fit_stacker(each, settings).model.rounds for each in (rows, weighted, repeated)]
+    assert rounds[0] != rounds[1] == rounds[2]
 
 
 def test_fold_stackers_set_the_number_of_rounds(table: OofTable) -> None:

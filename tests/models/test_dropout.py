@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from triderm_dist.config import ModelConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
+from triderm_dist.models import build_network
 from triderm_dist.models.dropout import (
     LesionDropout,
     LesionDropPath,
@@ -15,7 +17,10 @@ from triderm_dist.models.dropout import (
     use_lesion_masks,
 )
 from triderm_dist.models.fusion import CrossAttention
+from triderm_dist.models.network import SHARED
+from triderm_dist.models.towers import Tower
 from triderm_dist.schema import Batch, ConfigError
+from triderm_dist.tasks import milk10k_task
 
 CPU = torch.device("cpu")
 
@@ -160,6 +165,29 @@ def test_windows_of_a_lesion_follow_each_other():
     with drop.using(drop.draw(batch("ab"))):
         windows = network(torch.ones(2 * 3, 2, 8))
     assert torch.equal(windows.view(2, 6, 8), whole)
+
+
+@pytest.mark.parametrize("kind", ["Dropout", "DropPath"])
+def test_views_in_a_shared_tower_have_masks_of_their_own(kind):
+    from timm.layers import DropPath
+
+    config = ModelConfig.model_validate({"width": 8, "heads": 1, "tower": {"shared": True}})
+    layer = DropPath(0.5) if kind == "DropPath" else nn.Dropout(0.5)
+    rest = {"image_size": 1, "mean": (0.5,) * 3, "std": (0.2,) * 3, "architecture": "", "report": ""}
+    tower = Tower(nn.Identity(), [layer], nn.Identity(), width=8, num_tokens=4, **rest)
+    network = build_network(config, milk10k_task().signature(()), [tower]).train()
+    use_lesion_masks(network)
+    drop = LesionMasks(network, CPU)
+
+    def kept(names: list[str]) -> torch.Tensor:
+        """Return (views, lesions, tokens, channels)."""
+        with drop.using(drop.draw(batch(names))):
+            return network.towers[SHARED](torch.ones(2 * len(names), 4, 8)).unflatten(0, (2, -1)) > 0
+
+    names = [str(number) for number in range(100)]
+    views = kept(names)
+    assert 0.3 < (views[0] == views[1]).float().mean() < 0.7
+    assert torch.equal(kept(names[7:9]), views[:, 7:9])
 
 
 def test_modules_with_other_random_numbers_are_refused():

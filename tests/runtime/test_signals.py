@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,6 +108,22 @@ def test_training_with_nothing_to_save_stops_at_once(number):
         os.kill(os.getpid(), number)
         stop.check()
     assert saved == [1]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_that_arrives_twice_is_one(first, monkeypatch):
+    """Half a second apart, from terminal and launcher, they are the same request; a later one is the second."""
+    now, ended = 0.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch = signals._Watch()
+    watch.on_second_request = lambda: ended.append(now)
+    with Stop() as stop, stop.save_on_stop(lambda: None), pytest.raises(signals.Stopped):
+        stop.check()
+        for seconds, number in ((100.0, first), (100.5, signal.SIGINT), (105.0, signal.SIGINT)):
+            now = seconds
+            watch.receive(number)
+            os.kill(os.getpid(), number)
+    assert now == 105.0 and ended == [105.0]
 
 
 def test_rank_ends_with_its_launcher_only(monkeypatch):

@@ -217,6 +217,18 @@ def test_concept_scores_are_read_from_the_table(make_challenge: Make) -> None:
     assert math.isnan(dataset.lesions[0].concepts[column]) and dataset.lesions[1].concepts[column] == 0.25
 
 
+def test_finer_label_on_which_the_photos_of_a_lesion_agree(make_challenge: Make) -> None:
+    """Lesions 0 to 3 are equal in both photos, different, of one photo, and without any."""
+    challenge = make_challenge()
+    fine = FineLabels("diagnosis_full", {DIAGNOSES[label]: (f"{label} a", f"{label} b") for label in range(11)})
+    words = {0: "0 b", 1: "0 b", 2: "1 a", 3: "1 b", 5: "2 a"}
+    rows = [{"isic_id": challenge.metadata[row]["isic_id"], fine.column: word} for row, word in words.items()]
+    write_table(challenge.folder / f"{challenge.prefix}_Supplement.csv", rows)
+    lesions = read_challenge(challenge.folder, replace(milk10k_task(), fine=fine)).lesions
+    expected = [fine.label_of("0 b"), UNLABELED, fine.label_of("2 a"), UNLABELED]
+    assert [lesion.fine for lesion in lesions[:4]] == expected
+
+
 def test_patients_are_groups(make_challenge: Make) -> None:
     challenge = make_challenge()
     for i, row in enumerate(challenge.metadata):

@@ -180,6 +180,20 @@ def test_all_problems_of_foreign_shards_are_listed(tmp_path: Path, name: str) ->
     assert verify(index, 2, 0) == []
 
 
+def test_problems_are_listed_in_the_order_of_the_lesions(tmp_path: Path) -> None:
+    def change(sample: dict[str, Any], number: int) -> None:
+        if number in (1, 2):
+            sample["json"]["concepts"] = {"pus": 0.1}
+        elif number == 3:
+            sample["json"]["lesion_id"] = "L0"
+
+    write_foreign(tmp_path / "theirs", shard_lesions=8, change=change)
+    with pytest.raises(InvalidLesions) as caught:
+        index_shards(tmp_path / "theirs")
+    found = [(problem.lesion_id, problem.kind) for problem in caught.value.problems]
+    assert found == [("L1", "record"), ("L2", "record"), ("L0", "duplicate lesion")]
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> list[tarfile.TarInfo]:
     with tarfile.open(path, "w") as tar:
         for name, data in members:

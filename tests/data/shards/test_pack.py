@@ -35,6 +35,7 @@ from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards, pack_slice
 from triderm_dist.data.shards.shard_lesions import ShardLesions
 from triderm_dist.data.shards.verify import verify
+from triderm_dist.files import atomic_path
 from triderm_dist.schema import Busy, DataError, Lesion
 
 Make = Callable[..., Challenge]
@@ -214,6 +215,20 @@ def test_output_may_be_a_symbolic_link(dataset: Dataset, tmp_path: Path, exists:
     assert [path.name for path in disk.iterdir()] == ["set"] and link.is_symlink()
     assert contents(link) == contents(packed(dataset, tmp_path / "reference").folder)
     assert packed(dataset, link).fingerprint == index.fingerprint
+
+
+def test_slice_keeps_files_of_others_and_removes_leftovers(dataset: Dataset, tmp_path: Path) -> None:
+    part = tmp_path / "out.part"
+    pack_slice(dataset, tmp_path / "out", 2, 2, short_side=24, shard_samples=5)
+    others = {path: path.read_bytes() for path in part.glob("*/*0000*")}
+    assert len(others) == 6
+    leftover = part / "shards" / "shard-000099.tar"  # of a run with smaller shards
+    leftover.write_bytes(b"")
+    with atomic_path(part / "rows" / "000001.parquet") as being_written:
+        pack_slice(dataset, tmp_path / "out", 1, 2, short_side=24, shard_samples=5)
+        assert being_written.exists() and not leftover.exists()
+        being_written.write_bytes(others[part / "rows" / "000001.parquet"])
+    assert others.items() <= {path: path.read_bytes() for path in part.glob("*/*0000*")}.items()
 
 
 def test_finishing_needs_every_slice(dataset: Dataset, tmp_path: Path) -> None:
