@@ -74,7 +74,7 @@ def changed(**keys: Any) -> dict[str, Any]:
             changed(columns={"image": "a", "pictures": "b"}),
             "unknown key 'columns.pictures'; known are image, lesion_id",
         ),
-        (changed(columns={}), "columns.image: is missing"),
+        (changed(columns={"view": "kind"}), "columns.view: needs columns.image, the column of the photos"),
         (changed(diagnoses=[{"name": "MEL"}]), "at least 2, got 1"),
         (changed(diagnoses=[]), "at least 2, got 0"),
         (changed(diagnoses=[{"name": "MEL"}, {"name": "mel"}]), "'mel' is written twice"),

@@ -154,7 +154,10 @@ PER_PHOTO: dict[str, Any] = {
     "concepts": {"prefix": "score_"},
     "columns": {"lesion_id": "lesion", "image": "photo", "view": "kind", "group": "person"},
 }
-TASKS = [load_task(name) for name in task_names() if name != "milk10k"] + [Task.from_mapping(PER_PHOTO, "test")]
+PER_LESION = {**PER_PHOTO, "name": "per_lesion", "columns": {"lesion_id": "lesion"}}
+"""The photos are in the columns `clinical` and `dermoscopic`, as no other are named."""
+TASKS = [load_task(name) for name in task_names() if name != "milk10k"]
+TASKS += [Task.from_mapping(raw, "test") for raw in (PER_PHOTO, PER_LESION)]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

@@ -122,7 +122,7 @@ def photo_columns(header: Iterable[str], task: Task) -> dict[str, str]:
     """Return the column of each view's photos, {"": column} where a row is a photo, {} if no column has photos."""
     image, columns = task.columns.image, dict[str, str]()
     for view in task.view_names:
-        own = image[view] if isinstance(image, Mapping) else image if len(task.views) == 1 else None
+        own = image.get(view) if isinstance(image, Mapping) else image if len(task.views) == 1 else None
         if column := find_column(header, own, view):
             columns[view] = column
     if not columns and task.row_per_photo and isinstance(image, str) and (column := find_column(header, image)):

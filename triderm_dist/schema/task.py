@@ -61,12 +61,13 @@ class TaskColumns:
     """The names of the columns of a data set's table, matched in any case.
 
     lesion_id: None takes the photo's name, so that every photo is a lesion.  image: id, file name or path of the photo;
-    a mapping of view to column where a row holds a lesion with its photos.  view: the kind of photo, in tables with one
-    row per photo.  diagnosis: None if each diagnosis has a column of zeros and ones, or the table has no labels.
+    a mapping of view to column where a row holds a lesion with its photos, by default of the names of the views.
+    view: the kind of photo, in tables with one row per photo.  diagnosis: None if each diagnosis has a column of zeros
+    and ones, or the table has no labels.
     group: the unit that must not be split over folds, such as the patient; None takes the lesion.
     """
 
-    image: str | Mapping[str, str]
+    image: str | Mapping[str, str] = field(default_factory=dict)
     lesion_id: str | None = None
     view: str | None = None
     diagnosis: str | None = None
@@ -151,7 +152,7 @@ class Task:
 
     name: str
     diagnoses: tuple[Diagnosis, ...]
-    columns: TaskColumns
+    columns: TaskColumns = TaskColumns()
     title: str = ""
     views: tuple[View, ...] = (View("clinical"), View("dermoscopic"))
     concepts: ConceptColumns = ConceptColumns()
@@ -286,10 +287,11 @@ class Task:
                     "list missing_words without it"
                 )
         if not isinstance(columns.image, str):
-            if tuple(columns.image) != self.view_names:
+            if columns.image and tuple(columns.image) != self.view_names:
                 yield f"columns.image: needs a column for each view: {', '.join(self.view_names)}"
             if columns.view:
-                yield "columns.view: has no effect where columns.image has a column for each view; remove one"
+                has_many = "has no effect where columns.image has a column for each view; remove one"
+                yield f"columns.view: {has_many if columns.image else 'needs columns.image, the column of the photos'}"
         elif len(self.views) > 1 and not columns.view:
             yield "columns.view: name the column with the kind of photo, or give columns.image a column for each view"
         for key, value, known in (

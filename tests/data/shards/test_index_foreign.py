@@ -395,7 +395,7 @@ def numbered(sample: dict[str, Any], number: int) -> None:
 def ham(**words: str) -> Task:
     names = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
     diagnoses = [{"name": name, "words": [words[name]] if name in words else []} for name in names]
-    raw = {"name": "ham", "diagnoses": diagnoses, "views": [{"name": "dermoscopic"}], "columns": {"image": "image"}}
+    raw = {"name": "ham", "diagnoses": diagnoses, "views": [{"name": "dermoscopic"}]}
     return Task.from_mapping(raw, "task.yaml")
 
 

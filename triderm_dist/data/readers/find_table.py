@@ -13,7 +13,7 @@ from triderm_dist.schema import DataError, Task
 def image_columns(task: Task) -> list[str]:
     """Return the columns that name photos."""
     image = task.columns.image
-    return [image] if isinstance(image, str) else list(image.values())
+    return [image] if isinstance(image, str) else [image.get(view, view) for view in task.view_names]
 
 
 def task_columns(task: Task) -> list[str]:
