@@ -175,7 +175,7 @@ def test_flipped_bits_of_an_unfinished_run(unfinished, capsys):
     checkpoints = Checkpoints(unfinished, [""], 2)
     older, newest = sorted((unfinished / "checkpoints").iterdir())
     checkpoints.resume_hashes = [read_checked_json(newest / "state.json")["identity"]]
-    # The weights of the best epoch so far are overwritten before they are read.
+    # Where the weights of the best epoch so far are damaged, the trainer selects another epoch.
     files = sorted(path for path in (unfinished / "checkpoints").rglob("*") if path.is_file())
     generator, outcomes = random.Random(1), Counter()
     record = read_checked_json(newest / "state.json")

@@ -18,7 +18,8 @@ from triderm_dist.config import Experiment, load, save
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import Checkpoint
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.files import atomic_path, exclusive_lock
+from triderm_dist.engine.network_files import read_info, read_tensors, save_weights
+from triderm_dist.files import atomic_path, exclusive_lock, file_sha256
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.schema import Busy, ConfigError
 
@@ -155,6 +156,43 @@ def test_checkpoints_by_time_and_weights_of_the_last_epoch(train, uninterrupted,
     train(*settings)
     assert sorted(path.name[:10] for path in fold.glob("checkpoints/*")) == ["epoch-0001", "epoch-0003"]
     assert weights_of(fold) == weights_of(uninterrupted)
+
+
+BEST = ("train.select=best", "train.keep_last=9", "train.keep_checkpoints=true")
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_selected_weights_belong_to_the_training_that_is_resumed(train, tmp_path, capsys, torn):
+    """A process killed after it wrote the weights of a better epoch, before the checkpoint of that epoch."""
+    with pytest.raises(Interrupted):
+        train(*BEST, stop=1)
+    selected = tmp_path / "tri" / "fold-0" / "weights"
+    first = selected.with_suffix(".json").read_bytes()
+    lost = {name: tensor + 1 for name, tensor in read_tensors(selected.with_suffix(".safetensors")).items()}
+    digest = save_weights(selected, lost, epoch=2, validation_macro_f1=1.0)
+    if torn:  # killed between the two files
+        selected.with_suffix(".json").write_bytes(first)
+    fold = train(*BEST, "train.optim.lr=1e-9", "train.optim.min_lr=0")
+    assert "weights of the best epoch, 1, are lost" in " ".join(capsys.readouterr().out.split())
+    scores = {
+        line["epoch"]: line["macro_f1"]
+        for line in read_metrics(fold / "metrics.jsonl")
+        if line["kind"] == "validation" and line["epoch"] > 1
+    }
+    info = read_info(selected)
+    assert (info["epoch"], info["validation_macro_f1"]) == (max(scores, key=scores.get), max(scores.values()))
+    assert weights_of(fold) == info["sha256"] == file_sha256(selected.with_suffix(".safetensors")) != digest
+
+
+def test_unchanged_training_selects_the_same_epoch_again_after_a_kill(train, capsys):
+    fold = train(*BEST)
+    found, info = weights_of(fold), read_info(fold / "weights")
+    for checkpoint in sorted(fold.glob("checkpoints/epoch-*"))[info["epoch"] - 1 :]:
+        shutil.rmtree(checkpoint)
+    (fold / "fold.json").unlink()
+    train(*BEST)
+    assert "start resumed" in " ".join(capsys.readouterr().out.split()) or info["epoch"] == 1
+    assert read_info(fold / "weights") == info and weights_of(fold) == found
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -94,9 +94,14 @@ def test_out_of_fold_predictions_over_more_transforms_need_no_training(tmp_path,
     assert is_fold_finished(one, index, "cnn", 0) and not is_fold_finished(eight, index, "cnn", 0)
     trained = (fold / "weights.safetensors").stat().st_mtime_ns
     plain = [read_predictions(fold / name).logits for name in files]
+    earlier = (fold / files[0]).read_bytes()
 
     run_folds(eight, index, ["cnn"], [0])
     assert is_fold_finished(eight, index, "cnn", 0) and not is_fold_finished(one, index, "cnn", 0)
+    replaced = (fold / files[0]).read_bytes()
+    (fold / files[0]).write_bytes(earlier)  # as if killed before this file, the last, was replaced
+    assert not is_fold_finished(eight, index, "cnn", 0) and not is_fold_finished(one, index, "cnn", 0)
+    (fold / files[0]).write_bytes(replaced)
     assert "cnn fold 0: 12 held-out lesions predicted again, mean of 8 transforms" in capsys.readouterr().out
     assert (fold / "weights.safetensors").stat().st_mtime_ns == trained
     averaged = [read_predictions(fold / name) for name in files]

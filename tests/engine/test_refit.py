@@ -10,7 +10,7 @@ from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.predictions import read_predictions
+from triderm_dist.predictions import read_predictions, read_transforms
 from triderm_dist.schema import DataError
 
 LESIONS, EPOCHS = 24, 4
@@ -103,6 +103,25 @@ def test_refitted_networks_predict_a_test_set(run):
     missing = experiment.model_copy(update={"output": str(experiment.folder.parent / "other")})
     with pytest.raises(DataError, match=r"other/refit/cnn: not trained; run triderm refit first"):
         predict_test(missing, index, ["cnn"], "refit")
+
+
+def test_killed_before_the_stamp_of_test_predictions_is_written(run, monkeypatch):
+    """Files as a kill leaves them: test.parquet of other settings, whose test.json was not written yet."""
+    experiment, index = run
+    refit(experiment, index, ["cnn"])
+    folder = experiment.refit_folder("cnn")
+    predict_test(experiment, index, ["cnn"], "refit")
+    two = experiment.predict.model_copy(update={"transforms": 2})
+
+    def killed(path, **info):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("triderm_dist.engine.predict_test.write_info", killed)
+        predict_test(experiment.model_copy(update={"predict": two}), index, ["cnn"], "refit")
+    assert read_transforms(folder / "test.parquet") == 2
+    predict_test(experiment, index, ["cnn"], "refit")
+    assert read_transforms(folder / "test.parquet") == experiment.predict.transforms != 2
 
 
 def test_refit_may_be_computed_in_other_micro_batches(run):

@@ -149,7 +149,9 @@ def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold:
     if not is_finished(folder, result_hashes(experiment, index, name, fold)):
         return False
     held_out, weights = folder / "predictions.parquet", read_info(folder / "fold")["weights"]
-    return read_transforms(held_out) == experiment.oof.tta and predicted_by(held_out) <= {weights}
+    # Those with hidden inputs are replaced before it: a process killed in between leaves them of other transforms.
+    files = (held_out, *folder.glob("without_*.parquet"))
+    return {read_transforms(file) for file in files} == {experiment.oof.tta} and predicted_by(held_out) <= {weights}
 
 
 def check_run_task(experiment: Experiment, index: ShardIndex) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.step import StepResult
-from triderm_dist.files import write_text
+from triderm_dist.files import file_sha256, write_text
 from triderm_dist.losses import CompoundLoss, DrawnLesions, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
@@ -180,9 +182,24 @@ class Trainer:
         training = Training(prepared.network, optimizer, scheduler, average, TrainState(), untrained)
         if saved:
             saved.load_training(self.accelerator, training)
+            if config.select == "best":
+                self._forget_lost_best(training.state, saved)
             if changes := self.checkpoints.describe_changes(saved):
                 self.accelerator.print(wrapped(f"{self.name}: {changes}"), flush=True)
         return training
+
+    def _forget_lost_best(self, state: TrainState, saved: Checkpoint) -> None:
+        """Select among the epochs to come if the weights on disk are not those of the best epoch of the checkpoint.
+
+        They are those of a later epoch if the process was killed before its next checkpoint. An unchanged training
+        reaches and selects that epoch again; one with changed settings must not keep weights it did not train.
+        """
+        selected = saved.folder.parents[1] / "weights"
+        if state.best_epoch < 0 or on_main(lambda: _is_selected(selected, state.best_epoch, state.best_score)):
+            return
+        text = f"{self.name}: the weights of the best epoch, {state.best_epoch}, are lost; selecting among later ones"
+        self.accelerator.print(wrapped(text), flush=True)
+        state.best_score, state.best_epoch = TrainState.best_score, TrainState.best_epoch
 
     def _build_tracker(self, display: Display, steps: int, has_flops: bool) -> Tracker:
         """Return the tracker of a training of `steps` steps, which shows the MFU if it has FLOPs to compute it from."""
@@ -337,6 +354,16 @@ class Trainer:
         if is_scored:
             info["validation_macro_f1"] = state.best_score
         self.checkpoints.keep_weights(self.accelerator, self.training, **info)
+
+
+def _is_selected(path: Path, epoch: int, score: float) -> bool:
+    """Return whether PATH.safetensors holds the weights of an epoch with this score."""
+    try:
+        info = read_info(path)
+        digest = file_sha256(path.with_suffix(".safetensors"))
+    except (CheckpointError, FileNotFoundError):
+        return False
+    return (info["sha256"], info["epoch"], info.get("validation_macro_f1", score)) == (digest, epoch, score)
 
 
 def _average(wrapped: nn.Module, config: TrainConfig) -> WeightAverage | None:
