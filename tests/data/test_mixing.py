@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from triderm_dist.config import AugmentConfig, TrainConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.mixing import Mixing
+from triderm_dist.engine.checkpoint import TrainState
+from triderm_dist.engine.trainer import _Epochs
 from triderm_dist.schema import Batch, ConfigError
 from triderm_dist.settings import validate
 from triderm_dist.tasks import milk10k_task
@@ -141,3 +144,12 @@ def test_lesions_that_share_nothing_stay_as_they_are():
 def test_micro_batches_must_hold_pairs():
     with pytest.raises(ConfigError, match="micro_batch 3 must be even"):
         validate(TrainConfig, {"global_batch": 6, "micro_batch": 3, "augment": {"mixup": 0.4}})
+
+
+def test_last_epochs_are_not_mixed() -> None:
+    config = validate(TrainConfig, {"epochs": 5, "augment": {"mixup": 0.4, "unmixed_epochs": 2}})
+    index = SimpleNamespace(signature=SIGNATURE)
+    epochs = object.__new__(_Epochs)
+    epochs.config, epochs.data = config, SimpleNamespace(loaders=SimpleNamespace(index=index))  # type: ignore
+    mixed = [epochs.mixing(TrainState(epoch=epoch)) is not None for epoch in range(5)]
+    assert mixed == [True, True, True, False, False]

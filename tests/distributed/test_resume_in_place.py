@@ -144,6 +144,8 @@ def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     assert losses(fold)[:5] == losses(uninterrupted)[:5] and len(losses(fold)) == 12
     rates = [line["lr"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
     assert max(rates[5:]) < 5e-4 < rates[4]
+    planned = [line["lr"] for line in read_metrics(uninterrupted / "metrics.jsonl") if line["kind"] == "train"]
+    assert rates == pytest.approx([*planned[:5], *(rate / 2 for rate in planned[5:])], abs=1e-7)
     assert json.loads((fold / "fold.json").read_text())["changes"][0]["train.precision"] == ["fp32", "bf16"]
 
 
@@ -182,6 +184,14 @@ def test_selected_weights_belong_to_the_training_that_is_resumed(train, tmp_path
     info = read_info(selected)
     assert (info["epoch"], info["validation_macro_f1"]) == (max(scores, key=scores.get), max(scores.values()))
     assert weights_of(fold) == info["sha256"] == file_sha256(selected.with_suffix(".safetensors")) != digest
+
+
+def test_first_of_equal_epochs_is_selected(train):
+    fold = train(*BEST, "train.keep_last=1", "train.optim.lr=1e-12", "train.optim.min_lr=0")
+    lines = [line for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "validation"]
+    assert len(lines) == 3 and len({line["macro_f1"] for line in lines}) == 1
+    assert read_info(fold / "weights")["epoch"] == 1
+    assert [path.name[:10] for path in fold.glob("checkpoints/epoch-*")] == ["epoch-0003"]
 
 
 def test_unchanged_training_selects_the_same_epoch_again_after_a_kill(train, capsys):
