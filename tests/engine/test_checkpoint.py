@@ -117,3 +117,15 @@ def test_saves_are_due_by_time(training, tmp_path, monkeypatch):
     checkpoints.wait()
     now += 60
     assert checkpoints.is_due(60)
+
+
+def test_first_step_after_a_resume_has_the_rate_of_the_current_settings(training, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    take_step(training)
+    with Checkpoints(tmp_path, ["hash"], keep_last=1) as checkpoints:
+        checkpoints.save(accelerator, training)
+    (saved_one,) = readable_checkpoints(tmp_path / "checkpoints")
+    training.scheduler.base_lrs = [0.5]
+    saved_one.load_training(accelerator, training)
+    factor = training.scheduler.lr_lambdas[0](training.state.step)
+    assert training.optimizer.param_groups[0]["lr"] == training.scheduler.get_last_lr()[0] == 0.5 * factor
