@@ -252,7 +252,7 @@ def _confined(counts: np.ndarray) -> np.ndarray:
 def _spread(fold_of_group: np.ndarray, large: np.ndarray, content: _Content, counts: np.ndarray) -> None:
     """Move groups, in place, as long as that reduces the number of labels that are in one fold only.
 
-    No move empties a fold: all labels in it would then be in one fold only, or as before.
+    No move empties a fold: that never reduces the number, since the fold's labels then are in as many folds or fewer.
     """
     moved = True
     while moved:

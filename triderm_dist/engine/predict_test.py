@@ -69,7 +69,7 @@ def predict_test(
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
             about = index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
             write = partial(_predict, folder / "test.parquet", network, views, accelerator, transforms, about)
-            # A process killed before the new stamp is written must not leave the stamp of the earlier file.
+            # A process killed before test.json is written must not leave that of the earlier predictions.
             on_main(partial((folder / "test.json").unlink, missing_ok=True))
             _, batch = with_smaller_batches(write, batch, "predict.batch")
             on_main(partial(write_info, folder / "test", stamp=inputs))

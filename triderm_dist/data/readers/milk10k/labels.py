@@ -13,7 +13,7 @@ from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Spellings
 from triderm_dist.data.readers.lesion_table import no_labels
 from triderm_dist.data.readers.parsed_columns import ParsedColumns
-from triderm_dist.data.readers.table import find_tables, read_table
+from triderm_dist.data.readers.table import Table, find_tables, read_table
 from triderm_dist.data.shards.format import Text
 from triderm_dist.runtime.messages import quoted
 from triderm_dist.schema import UNLABELED, DataError, Task, TaskColumns
@@ -73,7 +73,7 @@ def read_finer_labels(metadata: Path, task: Task) -> tuple[dict[str, int], list[
     if task.fine is None:
         return {}, []
     found, notes = {}, []
-    first: dict[str, tuple[str, str]] = {}
+    first: dict[str, tuple[str, Table, int]] = {}
     for path in find_tables(metadata.parent):
         if path.stem.lower().endswith("supplement"):
             columns = ("isic_id", task.fine.column)
@@ -84,14 +84,14 @@ def read_finer_labels(metadata: Path, task: Task) -> tuple[dict[str, int], list[
             for row, (isic_id, word) in enumerate(chain.from_iterable(parts)):
                 if not isic_id:
                     continue
-                where = table.where(row)
-                earlier, there = first.setdefault(isic_id, (word, where))
+                own = word, table, row
+                earlier, other, other_row = known = first.setdefault(isic_id, own)
                 if earlier.lower() != word.lower():
                     raise DataError(
-                        f"{where}: photo {isic_id} occurs twice: {task.fine.column} {quoted(word)}, and "
-                        f"{quoted(earlier)} in {there}; remove one"
+                        f"{table.where(row)}: photo {isic_id} occurs twice: {task.fine.column} {quoted(word)}, and "
+                        f"{quoted(earlier)} in {other.where(other_row)}; remove one"
                     )
-                repeated += there != where
+                repeated += known is not own
                 if (number := task.fine.label_of(word)) != UNLABELED:
                     found[isic_id] = number
             if repeated:
