@@ -73,6 +73,10 @@ class TaskColumns:
     diagnosis: str | None = None
     group: str | None = None
 
+    def image_of(self, view: str) -> str:
+        """Return the column that names a view's photos."""
+        return self.image if isinstance(self.image, str) else self.image.get(view, view)
+
 
 @dataclass(frozen=True)
 class FineLabels:

@@ -12,8 +12,8 @@ from triderm_dist.schema import DataError, Task
 
 def image_columns(task: Task) -> list[str]:
     """Return the columns that name photos."""
-    image = task.columns.image
-    return [image] if isinstance(image, str) else [image.get(view, view) for view in task.view_names]
+    columns = task.columns
+    return [columns.image] if isinstance(columns.image, str) else [*map(columns.image_of, task.view_names)]
 
 
 def task_columns(task: Task) -> list[str]:

@@ -81,7 +81,7 @@ def draw_lesion(
         for view in views:
             photo = f"{lesion_id}_{view[0]}{number}.jpg"
             photos[photo] = DRAWN[view](generator, tone, outline, hairs, levels[view])
-            cells[columns.image if isinstance(columns.image, str) else columns.image.get(view, view)] = photo
+            cells[columns.image_of(view)] = photo
             if columns.view:
                 cells[columns.view] = next((each.words or (view,))[0] for each in task.views if each.name == view)
         rows.append(cells | metadata | draw_scores(generator, task, levels.get("concepts", 0.5)))
