@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from triderm_dist.config import Experiment, ModelConfig
+    from triderm_dist.engine.model_inputs import ModelInputs
     from triderm_dist.engine.step import TrainStep
-    from triderm_dist.engine.views import Views
     from triderm_dist.losses import CompoundLoss, Sums
 
 METHODS = ("exact", "previous", "per micro-batch")
@@ -94,8 +94,8 @@ def open_training(settings: SumsRun) -> Training:
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.finite import NonFiniteGuard
     from triderm_dist.engine.fold import new_network
+    from triderm_dist.engine.model_inputs import open_inputs
     from triderm_dist.engine.step import TrainStep
-    from triderm_dist.engine.views import open_views
     from triderm_dist.losses import CompoundLoss
     from triderm_dist.optim import build_optimizer
     from triderm_dist.schema import ConfigError
@@ -105,9 +105,9 @@ def open_training(settings: SumsRun) -> Training:
     index, experiment = read_index(settings.shards), experiment_of(settings)
     model = experiment.models["m"]
     accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
-    views = open_views(experiment, model, index, accelerator, train=True)
+    model_inputs = open_inputs(experiment, model, index, accelerator, train=True)
     torch.manual_seed(0)
-    network = new_network(model, views)
+    network = new_network(model, model_inputs)
     loss = CompoundLoss(model.train.loss, model.head, np.bincount(index.labels, minlength=len(index.diagnoses)))
     wrapped, prepared, optimizer = parallel.wrap(
         accelerator, network, lambda net: build_optimizer(net, model.train.optim), False, False
@@ -120,7 +120,7 @@ def open_training(settings: SumsRun) -> Training:
     steps = {
         method: TrainStep(accelerator, wrapped, prepared, loss, config, guard) for method, config in configs.items()
     }
-    return Training(model, views, wrapped, optimizer, loss, steps, accelerator.device)
+    return Training(model, model_inputs, wrapped, optimizer, loss, steps, accelerator.device)
 
 
 def global_batches(training: Training, settings: SumsRun) -> Iterator[Any]:
@@ -129,7 +129,7 @@ def global_batches(training: Training, settings: SumsRun) -> Iterator[Any]:
 
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 
-    loaders, left, epoch = training.views.loaders, settings.steps, 0
+    loaders, left, epoch = training.model_inputs.loaders, settings.steps, 0
     samples = Samples.of(loaders.index, np.arange(len(loaders.index)))
     while True:
         plan = EpochPlan(samples, Sampling(), 0, epoch).batches(0, 1, settings.global_batch)
@@ -148,7 +148,7 @@ class Training:
     """A network in training. steps: the engine's step with each source of sums."""
 
     model: ModelConfig
-    views: Views
+    model_inputs: ModelInputs
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
     loss: CompoundLoss

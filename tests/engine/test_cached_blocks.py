@@ -20,9 +20,9 @@ from triderm_dist.doctor.disk import estimate_disk
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.fold import fold_tower, is_fold_finished, new_network
+from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
 from triderm_dist.engine.network_files import load_weights, read_weights
 from triderm_dist.engine.refit import refit
-from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import ConfigError
@@ -53,13 +53,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return pack_set(tmp_path_factory.mktemp("sets") / "main", MAIN, LESIONS, 0)
 
 
-def opened(experiment: Experiment, index: ShardIndex, **tower: object) -> tuple[Views, Network]:
+def opened(experiment: Experiment, index: ShardIndex, **tower: object) -> tuple[ModelInputs, Network]:
     model = experiment.models["net"]
     changed: ModelConfig = model.model_copy(update={"tower": model.tower.model_copy(update=tower)})
     accelerator = parallel.start_inference("fp32")
-    views = open_views(experiment, changed, index, accelerator, train=True, transforms=2)
+    model_inputs = open_inputs(experiment, changed, index, accelerator, train=True, transforms=2)
     torch.manual_seed(3)
-    return views, new_network(changed, views)
+    return model_inputs, new_network(changed, model_inputs)
 
 
 def step(network: Network, loaders: LoaderFactory, transform: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -98,12 +98,12 @@ def assert_predicts_the_same_from_photos(experiment: Experiment, index: ShardInd
     for fold in folds:
         folder, model = experiment.fold_folder("net", fold), experiment.models["net"]
         held_out = read_predictions(folder / "predictions.parquet")
-        views = open_views(experiment, model, index, accelerator, train=False, recorded=fold_tower(folder))
-        network = new_network(model, views, pretrained=False)
+        model_inputs = open_inputs(experiment, model, index, accelerator, train=False, recorded=fold_tower(folder))
+        network = new_network(model, model_inputs, pretrained=False)
         load_weights(folder / "weights", network)
         rows = np.array([list(index.lesion_ids).index(each) for each in held_out.lesion_ids])
-        again = evaluate(network, views.loaders, rows, accelerator, micro_batch=8).logits
-        assert not views.frozen and len(rows) == LESIONS // 2
+        again = evaluate(network, model_inputs.loaders, rows, accelerator, micro_batch=8).logits
+        assert not model_inputs.frozen and len(rows) == LESIONS // 2
         np.testing.assert_allclose(held_out.logits, again, atol=20 * HALF * float(np.abs(again).max()))
 
 
@@ -131,9 +131,9 @@ def test_held_out_lesions_are_predicted_from_the_output_of_vit_blocks(tmp_path, 
 
 def test_only_views_that_the_network_uses_are_cached(tmp_path, index):
     experiment = settings(index, tmp_path / "run", TOWERS["by view"], "models.net.use=[dermoscopic, metadata]")
-    views, network = opened(experiment, index)
-    assert list(views.frozen) == ["dermoscopic"] and len(list((tmp_path / "cache").iterdir())) == 1
-    (batch,) = views.loaders.sequential(np.arange(4), 4, torch.device("cpu"))
+    model_inputs, network = opened(experiment, index)
+    assert list(model_inputs.frozen) == ["dermoscopic"] and len(list((tmp_path / "cache").iterdir())) == 1
+    (batch,) = model_inputs.loaders.sequential(np.arange(4), 4, torch.device("cpu"))
     each = batch.micro_batches[0]
     assert each.clinical.numel() == 0 and each.dermoscopic.shape[1:] == network.towers["dermoscopic"].input_shape
 

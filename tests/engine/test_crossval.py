@@ -13,8 +13,8 @@ from triderm_dist.distributed.parallel import start_training
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import is_fold_finished
+from triderm_dist.engine.model_inputs import open_inputs
 from triderm_dist.engine.predict_test import predict_test
-from triderm_dist.engine.views import open_views
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
@@ -121,6 +121,6 @@ def test_means_are_of_whole_tokens_where_another_model_reads_those(tmp_path, oth
     if other:
         words.append(f"models.b={{kind: trimodal, width: 16, heads: 2, {tower}}}")
     experiment = load(Experiment, None, words)
-    open_views(experiment, experiment.models["a"], index, start_training(experiment.models["a"].train), train=True)
+    open_inputs(experiment, experiment.models["a"], index, start_training(experiment.models["a"].train), train=True)
     folders = {path.name.rpartition("-")[2] == "mean" for path in experiment.token_folder.iterdir()}
     assert folders == ({True, False} if other else {True})

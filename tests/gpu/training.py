@@ -17,8 +17,8 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.fold import add_trained_parts, new_network
 from triderm_dist.engine.fold_folder import FoldFolder
+from triderm_dist.engine.model_inputs import open_inputs
 from triderm_dist.engine.trainer import Trainer, TrainingData
-from triderm_dist.engine.views import open_views
 
 SMALL = {
     "trimodal": [
@@ -63,13 +63,13 @@ def create_trainer(experiment: Experiment, shards: Path, folder: Path) -> Traine
     torch.cuda.empty_cache()
     model, index = experiment.models["net"], read_index(shards)
     accelerator = parallel.start_training(model.train)
-    views = open_views(experiment, model, index, accelerator, train=True, brief=True)
+    model_inputs = open_inputs(experiment, model, index, accelerator, train=True, brief=True)
     torch.manual_seed(0)
-    network = add_trained_parts(new_network(model, views), model, index.task).to(accelerator.device)
+    network = add_trained_parts(new_network(model, model_inputs), model, index.task).to(accelerator.device)
     rows = np.arange(len(index))
     return Trainer(
         name="net", network=network, head=model.head, config=model.train,
-        data=TrainingData(views.loaders, rows, views.loaders, rows[:0]),
+        data=TrainingData(model_inputs.loaders, rows, model_inputs.loaders, rows[:0]),
         folder=FoldFolder(folder, ["result"], ["resume"]), seed=0, accelerator=accelerator,
     )  # fmt: skip
 

@@ -14,8 +14,8 @@ from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, TowerCon
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.fold_folder import FoldFolder
+from triderm_dist.engine.model_inputs import open_inputs
 from triderm_dist.engine.trainer import Trainer, TrainingData
-from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.metrics_log import read_metrics
@@ -76,7 +76,7 @@ def test_start_reports_photos_of_a_different_size(tmp_path, capsys):
     (size,) = index.photo_sizes
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
     for each in (index, mixed):
-        open_views(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
+        open_inputs(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
     output = " ".join(capsys.readouterr().out.split())
     assert output.count("note: ") == 2
     assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}" in output and "A and B" in output
@@ -109,11 +109,11 @@ def run(tmp_path_factory):
         optim={"warmup_epochs": 0},
     )
     accelerator = Accelerator(cpu=True)
-    views = open_views(Experiment(), model, index, accelerator, train=True)
+    model_inputs = open_inputs(Experiment(), model, index, accelerator, train=True)
     network = build_network(model, index.signature, build_towers(model.tower))
     flops = training_flops(network)
     rows, reads = np.arange(56), []
-    data = TrainingData(views.training, rows, views.loaders, np.arange(56, 64))
+    data = TrainingData(model_inputs.training, rows, model_inputs.loaders, np.arange(56, 64))
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
         Trainer(

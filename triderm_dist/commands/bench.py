@@ -40,7 +40,7 @@ def main(config: BenchRun) -> None:
     from triderm_dist.distributed.collectives import on_main
     from triderm_dist.engine import bench, cpu_precision
     from triderm_dist.engine.fold import add_trained_parts, model_config, new_network
-    from triderm_dist.engine.views import open_views
+    from triderm_dist.engine.model_inputs import open_inputs
     from triderm_dist.tasks import load_task, milk10k_task
 
     if config.record:
@@ -60,8 +60,8 @@ def main(config: BenchRun) -> None:
         accelerator.wait_for_everyone()
         index = read_index(shards)
     experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
-    views = open_views(experiment, model, index, accelerator, train=True)
-    network = add_trained_parts(new_network(model, views), model, index.task).to(accelerator.device)
+    model_inputs = open_inputs(experiment, model, index, accelerator, train=True)
+    network = add_trained_parts(new_network(model, model_inputs), model, index.task).to(accelerator.device)
     if cpu_precision.is_measured(train, accelerator):
         with tempfile.TemporaryDirectory() as kept:  # the choice of this machine, today
             precision, why = on_main(partial(cpu_precision.choose, network, train.micro_batch, Path(kept)))
@@ -69,7 +69,7 @@ def main(config: BenchRun) -> None:
             print(wrapped(f"precision {precision} ({why.partition(';')[0]})"))
         train = train.model_copy(update={"precision": precision})
         model, accelerator = model.model_copy(update={"train": train}), parallel.start_training(train)
-    values = bench.measure(model, network, views.loaders, accelerator, config.seconds, seed=config.seed)
+    values = bench.measure(model, network, model_inputs.loaders, accelerator, config.seconds, seed=config.seed)
     if accelerator.is_main_process:
         record = bench.record_of(model, index.task, accelerator, values)
         print(bench.comparison(record, bench.find_comparable(bench.read_records(COMMITTED), record)))

@@ -44,9 +44,9 @@ from triderm_dist.engine.fold_folder import (
     remove_obsolete_checkpoints,
 )
 from triderm_dist.engine.fold_results import later_seconds
+from triderm_dist.engine.model_inputs import ModelInputs, mean_tokens, open_training_inputs
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_train_settings
-from triderm_dist.engine.views import Views, mean_tokens, open_training_views
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions, predictions_writer
@@ -55,7 +55,7 @@ from triderm_dist.runtime.terminal import counted, wrapped
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]
-FoldRunFactory = Callable[[Views, Stop, Display], "FoldRun"]
+FoldRunFactory = Callable[[ModelInputs, Stop, Display], "FoldRun"]
 
 
 @collectives.interrupt_on_lost_rank()
@@ -131,7 +131,7 @@ def run_trainings(
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             if extra is None:
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
-            views = open_training_views(
+            model_inputs = open_training_inputs(
                 experiment, name, index, accelerator,
                 extra=extra, transforms=transforms, after_chunk=stop.check, printed=printed, brief=brief,
             )  # fmt: skip
@@ -141,7 +141,7 @@ def run_trainings(
                 later = later_seconds(experiment, order, number)
                 run = experiment.folder.resolve().name
                 display = Display(run, number + 1, len(order), brief or position > 0, in_parallel, later)
-                training = create(views, stop, display)
+                training = create(model_inputs, stop, display)
                 with lock_fold(training.path):
                     training.run()
 
@@ -167,7 +167,7 @@ class FoldRun:
     assignment: np.ndarray
     on_start: OnStart
     on_validation: OnValidation | None
-    views: Views
+    model_inputs: ModelInputs
     stop: Stop
     display: Display
 
@@ -201,7 +201,7 @@ class FoldRun:
 
     @property
     def index(self) -> ShardIndex:
-        return self.views.loaders.index
+        return self.model_inputs.loaders.index
 
     @property
     def model(self) -> ModelConfig:
@@ -214,7 +214,7 @@ class FoldRun:
 
     @property
     def train_rows(self) -> np.ndarray:
-        """Index rows to train on; extra sets add others, see `Views.extra_rows`."""
+        """Index rows to train on; extra sets add others, see `ModelInputs.extra_rows`."""
         return np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
 
     def run(self) -> None:
@@ -228,7 +228,7 @@ class FoldRun:
             smallest=self.train.smallest_micro_batch,
         )  # fmt: skip
         while (outcome := self._attempt(micro_batch)) is None:
-            for loaders in (self.views.training, self.views.loaders):
+            for loaders in (self.model_inputs.training, self.model_inputs.loaders):
                 if isinstance(loaders.source, CanvasSource):
                     loaders.source.free_buffers()
             gc.collect()  # tensors of the attempt that ran out of memory
@@ -269,12 +269,12 @@ class FoldRun:
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the initial network, on the device, and what fold.json records of `models.NAME.init`."""
         torch.manual_seed(self.experiment.seed_of(self.name) * 1_009 + self.fold)
-        network, about = new_network(self.model, self.views), None
-        if network.reads_mean_tokens and self.views.token_shape is not None:
+        network, about = new_network(self.model, self.model_inputs), None
+        if network.reads_mean_tokens and self.model_inputs.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
-        if start := self.views.start:
+        if start := self.model_inputs.start:
             # Frozen blocks that are cached are the same for all folds.
-            predicted = np.flatnonzero(self.assignment >= 0) if self.views.frozen else self.validation_rows
+            predicted = np.flatnonzero(self.assignment >= 0) if self.model_inputs.frozen else self.validation_rows
             filled = fill_network(network, self.model, start.choose(predicted))
             accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
             about = {**filled.about(), "networks": [each.weights for each in start.networks]}
@@ -285,15 +285,15 @@ class FoldRun:
         """Fit the buffers that the network computes once from the training lesions, and return all buffers."""
         index, rows = self.index, self.train_rows
         tables = (torch.from_numpy(each[rows]).float() for each in (index.concept_scores, index.metadata))
-        network.fit_inputs(mean_tokens(self.views, rows), *tables)
+        network.fit_inputs(mean_tokens(self.model_inputs, rows), *tables)
         return dict(network.named_buffers())
 
     def _train(
         self, config: TrainConfig, accelerator: Accelerator
     ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Train or resume. Returns the changes of settings (see `Trainer.train`), and the record of `init`."""
-        train_rows = np.concatenate([self.train_rows, self.views.extra_rows])
-        data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
+        train_rows = np.concatenate([self.train_rows, self.model_inputs.extra_rows])
+        data = TrainingData(self.model_inputs.training, train_rows, self.model_inputs.loaders, self.validation_rows)
         network, init = self._new_network(accelerator)
         why = ""
         if cpu_precision.is_measured(config, accelerator):
@@ -311,12 +311,12 @@ class FoldRun:
     def _predict(self, accelerator: Accelerator, micro_batch: int) -> None:
         """Predict the validation rows, with all inputs and with each input treated as missing, and write both."""
         # A new network, since the trained one may be sharded or hold other weights than the selected ones.
-        network = load_network(self.model, self.views, self.path)
+        network = load_network(self.model, self.model_inputs, self.path)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
         with self._writers() as write:
             evaluate_hidden(
-                network, self.views.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs), write,
-                micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
+                network, self.model_inputs.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs),
+                write, micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
             )  # fmt: skip
 
     @contextmanager
@@ -350,11 +350,11 @@ class FoldRun:
             concepts=self.index.concepts,
             fold=self.fold,
             weights=read_info(self.path / "weights")["sha256"],
-            tower=self.views.tower.name,
+            tower=self.model_inputs.tower.name,
             photos={"canvas": self.index.canvas, "short_side": self.index.short_side},
             changes=outcome.changes,
-            **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
+            **({"extra": [each.about() for each in self.model_inputs.extra]} if self.model_inputs.extra else {}),
             **({"init": outcome.init} if outcome.init else {}),
-            **({"extra_towers": list(self.views.extra_towers)} if self.views.extra_towers else {}),
+            **({"extra_towers": list(self.model_inputs.extra_towers)} if self.model_inputs.extra_towers else {}),
             **self.extra_info,
         )

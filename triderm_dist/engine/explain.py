@@ -18,7 +18,7 @@ from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.evaluate import network_inputs
 from triderm_dist.engine.fold import assigned_folds, fold_tower, load_network, model_config, trained_fold
-from triderm_dist.engine.views import Views, open_views
+from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
 from triderm_dist.losses import HeadKind, probabilities
 from triderm_dist.models import network_class
 from triderm_dist.models.attention import AttentionMaps, semantic_values
@@ -90,19 +90,21 @@ def _attention_maps(
         folder = experiment.fold_folder(name, fold)
         info, index = trained_fold(folder, index)
         recorded[fold] = fold_tower(folder, info)
-    views: dict[TowerRecord | None, Views] = {}
+    model_inputs: dict[TowerRecord | None, ModelInputs] = {}
     for tower in recorded.values():
-        if tower not in views:
-            views[tower] = open_views(experiment, model, index, accelerator, train=False, recorded=tower)
+        if tower not in model_inputs:
+            model_inputs[tower] = open_inputs(experiment, model, index, accelerator, train=False, recorded=tower)
     networks: dict[int, TriModal] = {}
     for row, folds in sorted(folds_of.items(), key=lambda item: list(item[1])):
         networks = {fold: network for fold, network in networks.items() if fold in folds}  # frees the others
-        batches = {tower: _batch(views[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}}
+        batches = {
+            tower: _batch(model_inputs[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}
+        }
         for fold in folds:
             if fold not in networks:
-                network = load_network(model, views[recorded[fold]], experiment.fold_folder(name, fold))
+                network = load_network(model, model_inputs[recorded[fold]], experiment.fold_folder(name, fold))
                 networks[fold] = network.eval().to(device)  # type: ignore[assignment]
-        pixels = _batch(_photos(index, views[recorded[folds[0]]].tower), row, device)
+        pixels = _batch(_photos(index, model_inputs[recorded[folds[0]]].tower), row, device)
         inputs = [(networks[fold], network_inputs(batches[recorded[fold]])) for fold in folds]
         yield maps_of(inputs, model.head, index, row, {view: getattr(pixels, view)[0] for view in VIEWS})
 

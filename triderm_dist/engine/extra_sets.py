@@ -16,8 +16,8 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.data.union import ExtraSet, match_extra_set
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
+from triderm_dist.engine.model_inputs import open_training_inputs
 from triderm_dist.engine.thumbnails import compute_thumbnails
-from triderm_dist.engine.views import open_training_views
 from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
 
@@ -96,7 +96,7 @@ def prepare_trainings(experiment: Experiment, index: ShardIndex, names: Sequence
         if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
             # Computes what the cache lacks.
-            open_training_views(
+            open_training_inputs(
                 experiment, name, index, accelerator, extra=extra, transforms=experiment.oof.tta, printed=printed
             )
 

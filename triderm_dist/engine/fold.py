@@ -20,9 +20,9 @@ from triderm_dist.data.shards.open import is_packed, set_fingerprint
 from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
+from triderm_dist.engine.model_inputs import ModelInputs
 from triderm_dist.engine.network_files import load_weights, read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
-from triderm_dist.engine.views import Views
 from triderm_dist.engine.warm_start import extra_identity, init_identity
 from triderm_dist.environment import read_environment
 from triderm_dist.models import build_network, build_towers, check_network
@@ -38,26 +38,26 @@ def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
     return index.folds(data.folds, data.fold_seed)
 
 
-def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:
-    """Build a network that takes what the views return: tokens, photos, or the output of frozen blocks.
+def new_network(model: ModelConfig, model_inputs: ModelInputs, pretrained: bool = True) -> Network:
+    """Build a network that takes what the loaders return: tokens, photos, or the output of frozen blocks.
 
     pretrained: load the pretrained weights of towers in the network; False needs no file, if all weights are loaded
     afterwards.
     """
-    signature = views.loaders.index.signature
-    if views.token_shape is not None:
-        return build_network(model, signature, views.token_shape)
-    tower = None if pretrained else views.tower.build()
+    signature = model_inputs.loaders.index.signature
+    if model_inputs.token_shape is not None:
+        return build_network(model, signature, model_inputs.token_shape)
+    tower = None if pretrained else model_inputs.tower.build()
     network = build_network(model, signature, build_towers(model.tower, signature.views, tower))
-    if views.frozen:
-        network.load_frozen(views.frozen)
+    if model_inputs.frozen:
+        network.load_frozen(model_inputs.frozen)
         network.skip_frozen()
     return network
 
 
-def load_network(model: ModelConfig, views: Views, folder: Path) -> Network:
-    """Build the network that was trained in a folder, with its selected weights, for the inputs that `views` return."""
-    network = new_network(model, views, pretrained=False)
+def load_network(model: ModelConfig, model_inputs: ModelInputs, folder: Path) -> Network:
+    """Build the network that was trained in a folder, with its selected weights, for these inputs."""
+    network = new_network(model, model_inputs, pretrained=False)
     load_weights(folder / "weights", network)
     return network
 

@@ -27,8 +27,8 @@ from triderm_dist.engine.fold import (
     network_folders,
     trained_fold,
 )
+from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
 from triderm_dist.engine.network_files import read_info, write_info
-from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, TEST, predictions_writer
 from triderm_dist.runtime.terminal import counted, wrapped
@@ -50,7 +50,7 @@ def predict_test(
     printed: set[str] = set()
     for name in models:
         model = model_config(experiment, name)
-        opened: dict[TowerRecord | None, Views] = {}
+        opened: dict[TowerRecord | None, ModelInputs] = {}
         for folder in folders[name]:
             info, index = trained_fold(folder, index)
             transforms = experiment.predict.transforms
@@ -60,15 +60,15 @@ def predict_test(
             accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
             tower = fold_tower(folder, info)
             if tower not in opened:
-                opened[tower] = open_views(
+                opened[tower] = open_inputs(
                     experiment, model, index, accelerator,
                     train=False, transforms=transforms, recorded=tower, printed=printed,
                 )  # fmt: skip
-            views = opened[tower]
-            network = load_network(model, views, folder)
+            model_inputs = opened[tower]
+            network = load_network(model, model_inputs, folder)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
             about = index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
-            write = partial(_predict, folder / "test.parquet", network, views, accelerator, transforms, about)
+            write = partial(_predict, folder / "test.parquet", network, model_inputs, accelerator, transforms, about)
             # A process killed before test.json is written must not leave that of the earlier predictions.
             on_main(partial((folder / "test.json").unlink, missing_ok=True))
             _, batch = with_smaller_batches(write, batch, "predict.batch")
@@ -81,18 +81,18 @@ def predict_test(
 def _predict(
     path: Path,
     network: nn.Module,
-    views: Views,
+    model_inputs: ModelInputs,
     accelerator: Accelerator,
     transforms: int,
     about: tuple[Any, ...],
     batch: int,
 ) -> None:
     """Predict all lesions and write the file on rank 0. about: further arguments of `as_predictions`."""
-    rows = np.arange(len(views.loaders.index))
+    rows = np.arange(len(model_inputs.loaders.index))
     writer = predictions_writer(path, split=TEST, transforms=transforms) if is_main() else nullcontext(lambda _: None)
     with writer as write:
         evaluate_hidden(
-            network, views.loaders, rows, accelerator, (None,),
+            network, model_inputs.loaders, rows, accelerator, (None,),
             lambda name, evaluation: write(as_predictions(evaluation, *about)),
             micro_batch=batch, transforms=transforms,
         )  # fmt: skip

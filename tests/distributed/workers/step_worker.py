@@ -19,8 +19,8 @@ from triderm_dist.distributed.full_state import full_tensor
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.fold import add_trained_parts, new_network
+from triderm_dist.engine.model_inputs import open_inputs
 from triderm_dist.engine.step import TrainStep
-from triderm_dist.engine.views import open_views
 from triderm_dist.losses import CompoundLoss
 
 GLOBAL_BATCH = 16
@@ -67,9 +67,9 @@ def main(shards: str, output: str, cases: str) -> None:
         model = config.models["tri"]
         precision = case.get("gradients", "fp32")
         accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9, gradients=precision)
-        views = open_views(config, model, index, accelerator, train=True)
+        model_inputs = open_inputs(config, model, index, accelerator, train=True)
         torch.manual_seed(0)
-        network = add_trained_parts(new_network(model, views), model, index.task)
+        network = add_trained_parts(new_network(model, model_inputs), model, index.task)
         gradients: dict[str, torch.Tensor] = {}
 
         def watched(network, gradients=gradients) -> torch.optim.Optimizer:
@@ -89,7 +89,9 @@ def main(shards: str, output: str, cases: str) -> None:
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
         first = next(iter(batches))
-        (step,) = views.loaders.create([first], case["micro_batch"], accelerator.device, augment=model.train.augment)
+        (step,) = model_inputs.loaders.create(
+            [first], case["micro_batch"], accelerator.device, augment=model.train.augment
+        )
         wrapped.train()
         guard = NonFiniteGuard(accelerator, optimizer)
         take_step = TrainStep(accelerator, wrapped, prepared, loss, model.train, guard)
@@ -107,8 +109,8 @@ def main(shards: str, output: str, cases: str) -> None:
         accelerator.wait_for_everyone()
     rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
     torch.manual_seed(0)
-    network = accelerator.prepare_model(new_network(model, views), evaluation_mode=True)
-    seen = evaluate(network, views.loaders, rows, accelerator, micro_batch=4, transforms=2)
+    network = accelerator.prepare_model(new_network(model, model_inputs), evaluation_mode=True)
+    seen = evaluate(network, model_inputs.loaders, rows, accelerator, micro_batch=4, transforms=2)
     if accelerator.is_main_process:
         outputs = {name: torch.from_numpy(array) for name, array in vars(seen).items()}
         save_file(outputs, f"{output}/evaluation-{accelerator.num_processes}.safetensors")

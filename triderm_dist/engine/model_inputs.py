@@ -1,4 +1,4 @@
-"""Views of a packed set for one model: its photos, or the cached output of its frozen tower or frozen blocks."""
+"""What the network of a model reads of a packed set: photos, or cached output of its frozen tower or blocks."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ MAX_FITTED = 20_000
 
 
 @dataclass(frozen=True)
-class Views:
-    """Loaders of a packed set for one network. (The views of a lesion, its photos, are `schema.VIEWS`.)
+class ModelInputs:
+    """Loaders of a packed set for the network of one model.
 
+    loaders: of the set, for evaluation.
     tower: record of the tower that the network is built on.
     token_shape: of the tokens of its frozen tower; None if the network holds the towers.
     training: loaders for training, of the union with the extra sets if there are any.
@@ -65,7 +66,7 @@ class Views:
     start: WarmStart | None = None
 
 
-def open_training_views(
+def open_training_inputs(
     experiment: Experiment,
     name: str,
     index: ShardIndex,
@@ -76,20 +77,20 @@ def open_training_views(
     after_chunk: Callable[[], None] = lambda: None,
     printed: set[str] | None = None,
     brief: bool = False,
-) -> Views:
-    """Open the views for the trainings of model `name`, from the networks and with the towers of other runs that its
-    settings name, and record its tower in the run. Call on all ranks; the other arguments are those of `open_views`.
+) -> ModelInputs:
+    """Open the inputs for the trainings of model `name`, from the networks and with the towers of other runs that its
+    settings name, and record its tower in the run. Call on all ranks; the other arguments are those of `open_inputs`.
     """
     start = open_warm_start(experiment, name, index, accelerator, after_chunk)
     towers = open_extra_towers(experiment, name, index, accelerator, after_chunk)
-    return open_views(
+    return open_inputs(
         experiment, experiment.models[name], index, accelerator,
         train=True, transforms=transforms, after_chunk=after_chunk, extra=extra, save_record=True, start=start,
         extra_towers=towers, printed=printed, brief=brief,
     )  # fmt: skip
 
 
-def open_views(
+def open_inputs(
     experiment: Experiment,
     model: ModelConfig,
     index: ShardIndex,
@@ -105,7 +106,7 @@ def open_views(
     extra_towers: Sequence[ExtraTower] = (),
     printed: set[str] | None = None,
     brief: bool = False,
-) -> Views:
+) -> ModelInputs:
     """Open photos for towers that train, or the cached output of a frozen tower or, with `tower.cache_frozen_blocks`,
     of its frozen blocks. Computes what the cache lacks. Call on all ranks.
 
@@ -123,51 +124,51 @@ def open_views(
 
     printed = set() if printed is None else printed
 
-    def say(text: str) -> None:
+    def print_once(text: str) -> None:
         if not brief and text not in printed:
             printed.add(text)
             accelerator.print(wrapped(text), flush=True)
 
     for note in index.notes():
-        say(f"note: {note}")
+        print_once(f"note: {note}")
     towers = _open_towers(experiment, model, index, train, recorded, start, extra_towers)
     record, tower = towers.record, towers.tower
     if (packed := min(index.canvas)) < record.image_size:
         enlarged = f"tower.image_size {record.image_size} is more than the short side of the packed photos, {packed}"
-        say(f"note: {enlarged}: they are enlarged; pack with a larger short_side")
+        print_once(f"note: {enlarged}: they are enlarged; pack with a larger short_side")
     if tower:
-        say(tower.report)
+        print_once(tower.report)
     if save_record:
         on_main(partial(save_tower, experiment.folder / FOLDER, record, tower))
 
     sets = [index, *(each.index for each in extra)]
-    opener = _Opener(experiment, model, accelerator, train, towers, sets, after_chunk, say)
+    opener = _Opener(experiment, model, accelerator, train, towers, sets, after_chunk, print_once)
     for each in sets if train and not opener.cached else []:
         if found := note_on_open_files(each, model.train.sampling.window):
-            say(f"note: {found}")
+            print_once(f"note: {found}")
     loaders = opener.open_set(index, transforms)
     weights = {key: each.frozen_modules().state_dict() for key, (each, _) in towers.frozen_blocks.items()}
-    views = Views(
+    model_inputs = ModelInputs(
         loaders, record, opener.token_shape, training=loaders, extra_rows=np.empty(0, np.int64),
         frozen=weights, extra_towers=towers.extra, start=start,
     )  # fmt: skip
-    return _with_extra_sets(views, extra, opener) if extra else views
+    return _with_extra_sets(model_inputs, extra, opener) if extra else model_inputs
 
 
-def _with_extra_sets(views: Views, extra: Sequence[ExtraSet], opener: _Opener) -> Views:
-    """Return views whose training loaders have the lesions of extra sets too."""
-    index, data = views.loaders.index, opener.experiment.data
+def _with_extra_sets(model_inputs: ModelInputs, extra: Sequence[ExtraSet], opener: _Opener) -> ModelInputs:
+    """Return inputs whose training loaders have the lesions of extra sets too."""
+    index, data = model_inputs.loaders.index, opener.experiment.data
     union, names = LesionUnion(index, extra), index.signature.views
     read = [view for _, cached in opener.towers.frozen_blocks.values() for view in cached] or names
-    sources = [views.loaders.source, *(opener.open_set(each.index, 1).source for each in extra)]
+    sources = [model_inputs.loaders.source, *(opener.open_set(each.index, 1).source for each in extra)]
     training = LoaderFactory(union, UnionSource(union, sources, read), data.workers, data.prefetch)
     rows = union.extra_rows([view for view in names if view in opener.model.use])
-    return replace(views, training=training, extra_rows=rows, extra=union.extra)
+    return replace(model_inputs, training=training, extra_rows=rows, extra=union.extra)
 
 
 @dataclass(frozen=True)
 class _Towers:
-    """The towers of a model, as far as they are needed to open its views.
+    """The towers of a model, as far as they are needed to open its inputs.
 
     record, tower: as `open_tower` returns them.  frozen_blocks: as `_frozen_blocks` does; {} if none are cached.
     extra: what fold.json records of the extra towers that `tower` is joined with.
@@ -188,7 +189,7 @@ def _open_towers(
     start: WarmStart | None,
     extra: Sequence[ExtraTower],
 ) -> _Towers:
-    """Open the towers of a model; the arguments are those of `open_views`."""
+    """Open the towers of a model; the arguments are those of `open_inputs`."""
     labeled = np.flatnonzero(index.labels != UNLABELED)
     network = start.choose(labeled) if start and model.tower.cached else None
     record, tower = open_tower(experiment, model, recorded, pretrained=train, start=network)
@@ -211,7 +212,7 @@ class _Opener:
     towers: _Towers
     sets: Sequence[ShardIndex]
     after_chunk: Callable[[], None]
-    say: Callable[[str], None]
+    print_once: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self._announced = False
@@ -233,7 +234,7 @@ class _Opener:
         return self.record.token_shape
 
     def open_set(self, index: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
-        """Open a packed set. Call on all ranks. transforms: see `open_views`."""
+        """Open a packed set. Call on all ranks. transforms: see `open_inputs`."""
         if not self.cached:
             self._announce()
             return self._open_photos(index, index.signature.views)
@@ -282,7 +283,7 @@ class _Opener:
     def _announce(self) -> None:
         """Say once, for all sets, how photos are augmented on a CPU."""
         if self.accelerator.device.type == "cpu" and not self._announced:
-            self.say(host_augment.describe())
+            self.print_once(host_augment.describe())
         self._announced = True
 
 
@@ -351,12 +352,12 @@ def _fill_logits(
     return cache
 
 
-def mean_tokens(views: Views, rows: np.ndarray) -> dict[str, torch.Tensor]:
+def mean_tokens(model_inputs: ModelInputs, rows: np.ndarray) -> dict[str, torch.Tensor]:
     """Return {view: mean tokens (n, D) of the photos without augmentation} of those rows (N,) that have the view.
 
-    At most `MAX_FITTED` rows, evenly spaced. views: of a network that reads mean tokens.
+    At most `MAX_FITTED` rows, evenly spaced. model_inputs: of a network that reads mean tokens.
     """
-    source, index = views.loaders.source, views.loaders.index
+    source, index = model_inputs.loaders.source, model_inputs.loaders.index
     assert isinstance(source, TokenSource)
     result = {}
     for number, view in enumerate(source.views):
