@@ -194,12 +194,26 @@ def test_processes_that_start_at_once_get_one_salt(tmp_path):
     assert os.listdir(tmp_path) == ["x.groups.csv"]
 
 
-def test_groups_in_paths_of_problems_are_hashed():
-    hashes = GroupHashes(bytes(32), ("P7", "Smith, John", "12"))
-    where = "photos/P7/a.jpg: in /x/Smith, John/P7.png, row 12 of t.csv"
-    (found,) = hashes.without_ids([Problem("L", "kind", where, "what 12")])
-    p7, smith = hashes.of("P7"), hashes.of("Smith, John")
-    assert found.where == f"photos/{p7}/a.jpg: in /x/{smith}/{p7}.png, row 12 of t.csv" and found.what == "what 12"
+@pytest.mark.parametrize("group", ["P7", "Smith, John", "12.03.1950", "O'Neil (2)", "2019/7", "ä"])
+def test_groups_in_paths_of_problems_are_hashed(group):
+    hashes = GroupHashes(bytes(32), ("12", "P", group))
+    where = f"photos/{group}/Q.png: no a.jpg, but {group}/Qb.jpg in C:\\{group}\\a.jpg and /x/{group}.jpg, row 12 of t.csv"
+    (found,) = hashes.without_ids([Problem("L", "kind", where, "what 12, P/Pa.jpg")])
+    assert found.where == where.replace(group, hashes.of(group)) and found.what == f"what 12, {hashes.of('P')}/Pa.jpg"
+
+
+def test_groups_in_paths_of_problems_are_looked_up():
+    hashed = list[str]()
+
+    class Counted(GroupHashes):
+        def of(self, group):
+            hashed.append(group)
+            return super().of(group)
+
+    groups = [f"Patient {number}" for number in range(1000)]
+    problems = [Problem("L", "kind", f"photos/{group}/a.jpg", "cut off") for group in groups[:100]]
+    Counted(bytes(32), groups).without_ids(problems)
+    assert hashed == groups[:100]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from triderm_dist.data.ids import MAX_ID
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import CHUNK, LesionTable
@@ -43,8 +44,10 @@ DIGITS = 16
 """Hexadecimal digits of a hash: among ten million groups two are equal with a probability of 3e-6."""
 _HEADER = "# triderm-groups 1, secret: names the groups of the packed set beside it; upload it nowhere, salt="
 _SALT = re.compile(re.escape(_HEADER) + r"([0-9a-f]{64})\r?\n")
-_FOLDER = re.compile(r"([^\s/\\()'\"]+)([/\\])")
-_FILE = re.compile(r"(?<=[/\\])([^\s/\\()'\".]+)(\.)")
+_BEGIN = re.compile(r"^|(?<=[/\\\s()'\"])")
+"""Where the name of a folder or file may begin in a text."""
+_END = re.compile(r"(?=[/\\.\s()'\",;:])|$")
+"""Where the name of a folder, or of a file without its suffix, may end."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,26 @@ class GroupHashes:
         digest = hmac.digest(self.salt, group.encode("utf-8", "surrogatepass"), "sha256")
         return digest.hex()[:DIGITS]
 
-    def without_ids(self, problems: Iterable[Problem]) -> list[Problem]:
+    def without_ids(self, problems: Sequence[Problem]) -> list[Problem]:
         """Replace groups that are folders or files in the paths of problems."""
-        if not (problems := [*problems]):
+        if not problems:
             return []
         index = HashIndex.of(self.groups)
-        with_blank = [group for group in self.groups if not _FOLDER.fullmatch(f"{group}/")]
-
-        def own(text: str) -> str:
-            known = any(self.groups[at] == text for at in index.positions(text))
-            return self.of(text) if known else text
 
         def hide(text: str) -> str:
-            if "/" not in text and "\\" not in text:
-                return text
-            for group in with_blank:
-                hashed = self.of(group)
-                text = text.replace(f"{group}/", f"{hashed}/").replace(f"/{group}.", f"/{hashed}.")
-            for pattern in (_FOLDER, _FILE):
-                text = pattern.sub(lambda found: own(found[1]) + found[2], text)
-            return text
+            separators = {at for at, character in enumerate(text) if character in "/\\"}
+            ends = [found.start() for found in _END.finditer(text)][::-1] if separators else []
+            names = [
+                (begin, end)
+                for begin in (found.start() for found in _BEGIN.finditer(text))
+                for end in ends  # the longest name first
+                if begin < end <= begin + MAX_ID and (begin - 1 in separators or end in separators)
+            ]
+            result, done = "", 0
+            for (begin, end), at in zip(names, index.only([text[slice(*name)] for name in names]), strict=True):
+                if at >= 0 and begin >= done and self.groups[at] == text[begin:end]:
+                    result, done = f"{result}{text[done:begin]}{self.of(text[begin:end])}", end
+            return result + text[done:]
 
         return [replace(each, where=hide(each.where), what=hide(each.what)) for each in problems]
 
