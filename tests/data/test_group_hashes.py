@@ -197,7 +197,9 @@ def test_processes_that_start_at_once_get_one_salt(tmp_path):
 @pytest.mark.parametrize("group", ["P7", "Smith, John", "12.03.1950", "O'Neil (2)", "2019/7", "ä"])
 def test_groups_in_paths_of_problems_are_hashed(group):
     hashes = GroupHashes(bytes(32), ("12", "P", group))
-    where = f"photos/{group}/Q.png: no a.jpg, but {group}/Qb.jpg in C:\\{group}\\a.jpg and /x/{group}.jpg, row 12 of t.csv"
+    where = (
+        f"photos/{group}/Q.png: no a.jpg, but {group}/Qb.jpg in C:\\{group}\\a.jpg and /x/{group}.jpg, row 12 of t.csv"
+    )
     (found,) = hashes.without_ids([Problem("L", "kind", where, "what 12, P/Pa.jpg")])
     assert found.where == where.replace(group, hashes.of(group)) and found.what == f"what 12, {hashes.of('P')}/Pa.jpg"
 

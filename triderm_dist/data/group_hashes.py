@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -131,15 +131,13 @@ def hash_groups(
     The notes of the data set get those of `hashes_for`. output: of which the hashes are, see `groups_file`.
     """
     table = LesionTable.of(dataset.lesions)
-    parts = [np.arange(start, min(start + CHUNK, len(table))) for start in range(0, len(table), CHUNK)]
+    parts = (slice(start, start + CHUNK) for start in range(0, len(table), CHUNK))
     if all(table.group_names(rows) == table.ids[rows].tolist() for rows in parts):
         return dataset, None
     numbers, names = table.distinct_groups()
-    hashes, notes = _hashes_of(Text(pa.chunked_array([names])), output, hashing)
+    groups = pa.DictionaryArray.from_arrays(numbers, names)
+    hashes, notes = _write_hashes(table.ids.column, groups, output, hashing, dataset.task.columns.group)
     if hashes:
-        sizes = np.bincount(numbers)
-        own = ((table.ids[rows], table.group_names(rows), sizes[numbers[rows]].tolist()) for rows in parts)
-        notes = _notes((row for columns in own for row in zip(*columns, strict=True)), dataset.task.columns.group)
         hashed = pa.array(map(hashes.of, hashes.groups), pa.string())
         dataset = replace(dataset, lesions=replace(table, groups=Text(pa.chunked_array([hashed])), group=numbers))
     return replace(dataset, notes=[*dataset.notes, *notes]), hashes
@@ -161,23 +159,17 @@ def hashes_for(
     """
     if lesion_ids.equals(groups):
         return None, []
-    encoded = groups.dictionary_encode().combine_chunks()
-    numbers, names = to_array(encoded.indices), Text(pa.chunked_array([encoded.dictionary]))
-    hashes, notes = _hashes_of(names, output, hashing)
-    if hashes:
-        sizes = np.bincount(numbers)
-        parts = [slice(start, start + CHUNK) for start in range(0, len(groups), CHUNK)]
-        own = (
-            (lesion_ids[rows].to_pylist(), groups[rows].to_pylist(), sizes[numbers[rows]].tolist()) for rows in parts
-        )
-        notes = _notes((row for columns in own for row in zip(*columns, strict=True)), column)
-    return hashes, notes
+    return _write_hashes(lesion_ids, groups.dictionary_encode().combine_chunks(), output, hashing, column)
 
 
-def _hashes_of(
-    groups: Sequence[str], output: str | os.PathLike[str], hashing: GroupHashing
+def _write_hashes(
+    lesion_ids: pa.Array | pa.ChunkedArray,
+    groups: pa.DictionaryArray,
+    output: str | os.PathLike[str],
+    hashing: GroupHashing,
+    column: str | None,
 ) -> tuple[GroupHashes | None, list[str]]:
-    """Write the hashes of distinct groups to the file and return them; None, with a note, if groups are kept as ids."""
+    """Write the hashes of groups (N,) to the file, and return them and notes; None where groups are kept as ids."""
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
         is_hashed = "groups" in read_index_json(index)
@@ -188,13 +180,14 @@ def _hashes_of(
                 f"{file}: no such file, and the groups of {output} are hashes under its salt; bring it back, or delete "
                 "that folder and pack again"
             )
-    hashes = GroupHashes(_own_salt(file, salt_of(hashing.salt) if hashing.salt else None), groups)
-    numbers = np.fromiter((int(hashes.of(group), 16) for group in groups), np.uint64, len(groups))
-    if len(np.unique(numbers)) < len(groups):
+    names = Text(pa.chunked_array([groups.dictionary]))
+    hashes = GroupHashes(_own_salt(file, salt_of(hashing.salt) if hashing.salt else None), names)
+    numbers = np.fromiter((int(hashes.of(name), 16) for name in names), np.uint64, len(names))
+    if len(np.unique(numbers)) < len(names):
         raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")
     with atomic_path(file, PRIVATE) as temporary:
         _write_private(temporary, hashes)
-    return hashes, []
+    return hashes, _note_on_ids(lesion_ids, groups, column)
 
 
 def read_salt(file: Path) -> bytes:
@@ -269,12 +262,15 @@ def _sorted(groups: Sequence[str]) -> Iterator[str]:
         yield from groups.column.take(order.slice(start, CHUNK)).to_pylist()
 
 
-def _notes(lesions: Iterable[tuple[str, str, int]], column: str | None) -> list[str]:
-    """Return a note on lesions, (id, group, lesions of the group), whose id holds that of their group."""
-    first, count = "", 0
-    for lesion, group, size in lesions:
-        if _reveals_group(lesion, group, size):
-            first, count = first or lesion, count + 1
+def _note_on_ids(lesion_ids: pa.Array | pa.ChunkedArray, groups: pa.DictionaryArray, column: str | None) -> list[str]:
+    """Return a note on lesions whose id holds that of their group."""
+    numbers, first, count = to_array(groups.indices), "", 0
+    sizes = np.bincount(numbers)
+    for rows in (slice(start, start + CHUNK) for start in range(0, len(groups), CHUNK)):
+        ids, own = lesion_ids[rows].to_pylist(), groups[rows].dictionary_decode().to_pylist()
+        for lesion, group, size in zip(ids, own, sizes[numbers[rows]].tolist(), strict=True):
+            if _reveals_group(lesion, group, size):
+                first, count = first or lesion, count + 1
     if not count:
         return []
     return [

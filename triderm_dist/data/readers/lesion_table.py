@@ -170,7 +170,7 @@ class LesionTable(Sequence[Lesion]):
             )
         ]
 
-    def group_names(self, rows: np.ndarray) -> list[str]:
+    def group_names(self, rows: np.ndarray | slice) -> list[str]:
         """Return the group of each of these rows (n,); the id of a lesion without a group."""
         names, codes = self.ids[rows], self.group[rows]
         names[codes >= 0] = self.groups[codes[codes >= 0]]
