@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,18 +17,12 @@ import numpy as np
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import (
-    LesionRng,
-    drop_inputs,
-    lesion_keys,
-    to_device,
-)
+from triderm_dist.data.augment import LesionRng, drop_inputs, lesion_keys, to_device
 from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples, Sampling
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.upload import DataWait
 from triderm_dist.data.view_source import Fetched, ViewSource
-from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import VIEWS, Batch
 
 PREPARED_LESIONS = 512
@@ -77,20 +70,19 @@ class Loader:
         pool = Decoders(self.workers)
         try:
             with self._read_ahead() as mark_read:
-                pending: deque[_Pending] = deque()
+                pending: deque[tuple[_MicroBatch, Fetched]] = deque()
                 parts = self._parts()
                 ready: list[Batch] = []
                 steps = 0
                 while True:
                     with self.wait():
                         while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                            part.fetched = self.source.fetch(pool, part.rows, part.rng, self.device)
-                            pending.append(part)
+                            pending.append((part, self.source.fetch(pool, part.rows, part.rng, self.device)))
                         if not pending:
                             return
-                        part = pending.popleft()
-                        part.await_photos()
-                    ready.append(self._finish(part))
+                        part, fetched = pending.popleft()
+                        fetched.wait()
+                    ready.append(self._finish(part, fetched))
                     if part.last:
                         steps += 1
                         mark_read(steps)
@@ -104,8 +96,8 @@ class Loader:
             return self.source.read_ahead(self.batches.rows_ahead, self.batches.global_batch)
         return contextlib.nullcontext(lambda steps: None)
 
-    def _parts(self) -> Iterator[_Pending]:
-        """Yield the micro-batches of the plan, whose photos are not fetched yet.
+    def _parts(self) -> Iterator[_MicroBatch]:
+        """Yield the micro-batches of the plan.
 
         Other inputs are prepared for `PREPARED_LESIONS` at a time: that holds the GIL, which the decoders need, for
         less time, and copies to a GPU less often.
@@ -131,13 +123,12 @@ class Loader:
                 for at in range(start, end, self.micro_batch):
                     part = slice(at, min(at + self.micro_batch, end))
                     inputs_of_part = {name: tensor[part] for name, tensor in tensors.items()}
-                    yield _Pending(
+                    yield _MicroBatch(
                         batch, rows[part], ids[part], inputs_of_part, rng and rng.take(part), part.stop == end
                     )
 
-    def _finish(self, part: _Pending) -> Batch:
-        assert part.fetched is not None
-        views = self.source.finish(part.fetched, self.device, part.rng)
+    def _finish(self, part: _MicroBatch, fetched: Fetched) -> Batch:
+        views = self.source.finish(fetched, self.device, part.rng)
         for absent in [view for view in VIEWS if view not in views]:
             views[absent] = torch.empty((len(part.rows), 0), device=self.device)
         return Batch(
@@ -194,9 +185,9 @@ class LoaderFactory(Generic[_Lesions]):
         return self.create(batches, micro_batch, device, augment=augment, seed=seed, epoch=epoch)
 
 
-@dataclass
-class _Pending:
-    """A micro-batch whose photos are being decoded. inputs: the other tensors of the `Batch`, on the device."""
+@dataclass(frozen=True)
+class _MicroBatch:
+    """A micro-batch before its photos are there. inputs: the other tensors of the `Batch`, on the device."""
 
     batch: PlannedBatch
     rows: np.ndarray
@@ -204,14 +195,3 @@ class _Pending:
     inputs: dict[str, torch.Tensor]
     rng: LesionRng | None
     last: bool
-    fetched: Fetched | None = None
-
-    def await_photos(self) -> None:
-        """Wait until the photos are decoded. Raises what a decoder raised."""
-        assert self.fetched is not None
-        started = time.perf_counter()
-        for job in reversed(self.fetched.jobs):
-            job.exception()  # waits for the last job first, so that this thread is woken once
-        for job in self.fetched.jobs:
-            job.result()
-        add_data_wait(time.perf_counter() - started)

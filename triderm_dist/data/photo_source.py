@@ -12,7 +12,7 @@ import itertools
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,27 +20,21 @@ import numpy as np
 import torch
 
 from triderm_dist.config import AugmentConfig, Frame
-from triderm_dist.data.augment import (
-    Crops,
-    LesionRng,
-    PhotoTransform,
-    dihedral,
-    normalize,
-)
+from triderm_dist.data.augment import LesionRng, PhotoTransform, dihedral, normalize
 from triderm_dist.data.canvas import decode_into, empty_photos
 from triderm_dist.data.host_augment import HostTransform, opencv
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.data.shards.reader import FolderShards, RemoteShards
+from triderm_dist.data.shards.reader import open_shards
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.upload import Upload
-from triderm_dist.data.view_source import JOB_LESIONS, Fetched
+from triderm_dist.data.view_source import JOB_LESIONS, Fetched, ViewSource
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 SPARE_BUFFERS = 2
 """Additional host buffers for a GPU, so that a buffer's copy to the device has finished when it is filled again."""
 
 
-class CanvasSource:
+class CanvasSource(ViewSource):
     """Photos (B, 3, size, size), normalized for a tower, and augmented if there is an rng.
 
     Every photo is fitted to `canvas` (width, height) by `fit_to_canvas`. Subclasses locate and decode photos.
@@ -82,9 +76,6 @@ class CanvasSource:
         self._upload.clear()
         self._lesions = 0
 
-    def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return contextlib.nullcontext(lambda steps: None)
-
     def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         if device.type == "cpu" and (host := self._host()) and host.supports(rng):
             return self._fetch_crops(pool, rows, rng, host)
@@ -98,10 +89,12 @@ class CanvasSource:
             buffers = _Buffers.new(self._lesions, len(self.views), self.canvas)
         buffers.wait()
         numbers, locations = rows.tolist(), self.locate(rows)
-        jobs = []
-        for part in pool.jobs(len(rows), JOB_LESIONS):
-            out = [array[part] for array in buffers.arrays]
-            jobs.append(pool.submit(self._read, numbers[part], locations[part], out))
+
+        def read(part: slice) -> None:
+            for at in range(part.start, part.stop):
+                self.decode([array[at] for array in buffers.arrays], numbers[at], locations[at])
+
+        jobs = [pool.submit(read, part) for part in pool.jobs(len(rows), JOB_LESIONS)]
         views = buffers.views if len(rows) == self._lesions else [view[: len(rows)] for view in buffers.views]
         return Fetched(views, jobs, buffers)
 
@@ -136,12 +129,16 @@ class CanvasSource:
         size = self.transform.size
         views = [torch.empty((len(rows), size, size, 3)) for _ in self.views]
         crops = [host.crops(len(rows), name, rng) for name in self.views]
-        arrays, locations = [view.numpy() for view in views], self.locate(rows)
-        jobs = []
-        for part in pool.jobs(len(rows), JOB_LESIONS):
-            numbers = range(part.start, part.stop)
-            jobs.append(pool.submit(self._read_crops, host, crops, numbers, rows, locations, arrays))
-        return Fetched(views, jobs)
+        arrays, numbers, locations = [view.numpy() for view in views], rows.tolist(), self.locate(rows)
+
+        def read(part: slice) -> None:
+            photos = self._photos_of_thread()
+            for at in range(part.start, part.stop):
+                self.decode(photos, numbers[at], locations[at])
+                for photo, view_crops, out in zip(photos, crops, arrays, strict=True):
+                    host(photo, view_crops, at, out[at])
+
+        return Fetched(views, [pool.submit(read, part) for part in pool.jobs(len(rows), JOB_LESIONS)])
 
     def _finish_crops(self, crops: torch.Tensor, view: str, rng: LesionRng | None) -> torch.Tensor:
         """Apply the remaining transforms to crops (B, 3, size, size) of `_fetch_crops`."""
@@ -174,28 +171,12 @@ class CanvasSource:
         if len(buffers.views[0]) == self._lesions:
             self._free.append(buffers)
 
-    def _read(self, rows: list[int], locations: list[Any], arrays: list[np.ndarray]) -> None:
-        """Decode the photos of some lesions of a batch, as one job. arrays: (n, H, W, 3) of these lesions, by view."""
-        for row, location, out in zip(rows, locations, zip(*arrays, strict=True), strict=True):
-            self.decode(out, row, location)
-
-    def _read_crops(
-        self,
-        host: HostTransform,
-        crops: list[Crops],
-        numbers: Iterable[int],
-        rows: np.ndarray,
-        locations: list[Any],
-        arrays: list[np.ndarray],
-    ) -> None:
-        """Decode the photos of the lesions of these numbers in the batch, and write their crops to `arrays`."""
+    def _photos_of_thread(self) -> list[np.ndarray]:
+        """Return this thread's memory for the photos of a lesion, one (H, W, 3) for each view."""
         if not hasattr(self._scratch, "photos"):
             self._scratch.photos = [array[0] for array in _Buffers.new(1, len(self.views), self.canvas).arrays]
-        photos = self._scratch.photos
-        for number in numbers:
-            self.decode(photos, int(rows[number]), locations[number])
-            for photo, view_crops, out in zip(photos, crops, arrays, strict=True):
-                host(photo, view_crops, number, out[number])
+        photos: list[np.ndarray] = self._scratch.photos
+        return photos
 
 
 class PhotoSource(CanvasSource):
@@ -218,7 +199,7 @@ class PhotoSource(CanvasSource):
         """
         super().__init__(index.canvas, image_size, mean, std, views or index.signature.views, augment, frame)
         self.index = index
-        self.shards = RemoteShards(index, cache_share) if index.remote else FolderShards(index)
+        self.shards = open_shards(index, cache_share)
 
     def close(self) -> None:
         self.shards.close()

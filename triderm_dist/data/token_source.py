@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from triderm_dist.data.augment import (
-    LesionRng,
-)
+from triderm_dist.data.augment import LesionRng
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import JoinedCache, TokenCache
 from triderm_dist.data.upload import Upload
-from triderm_dist.data.view_source import JOB_LESIONS, Fetched
+from triderm_dist.data.view_source import JOB_LESIONS, Fetched, ViewSource
 from triderm_dist.schema import VIEWS, Batch
 
 
-class TokenSource:
+class TokenSource(ViewSource):
     """Cached tokens (B, L, D) of a frozen tower, or output (B, ...) of frozen blocks.
 
     variants: cached versions of which an rng chooses one for each lesion and view.
@@ -37,10 +34,6 @@ class TokenSource:
     ) -> None:
         self.cache, self.variants, self.transforms, self.views = cache, variants, transforms, views
         self._upload = Upload()
-
-    @contextlib.contextmanager
-    def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
-        yield lambda steps: None
 
     def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         buffers = [self._buffer(rows) for _ in self.views]
@@ -76,14 +69,11 @@ class TokenSource:
         return torch.empty((len(rows), self.cache.record_size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
-class JointSource:
+class JointSource(ViewSource):
     """Reads the views of one set from several caches, each of which holds some of the views."""
 
     def __init__(self, sources: Sequence[TokenSource]) -> None:
         self.sources = sources
-
-    def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return contextlib.nullcontext(lambda steps: None)
 
     def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         parts = [source.fetch(pool, rows, rng, device) for source in self.sources]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,10 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from triderm_dist.data.augment import (
-    LesionRng,
-)
+from triderm_dist.data.augment import LesionRng
 from triderm_dist.data.threads import Decoders
+from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import Batch
 
 JOB_LESIONS = 16
@@ -32,6 +32,15 @@ class Fetched:
     jobs: list[Future[None]]
     memory: Any = None
 
+    def wait(self) -> None:
+        """Wait until the tensors are filled. Raises what a job raised."""
+        started = time.perf_counter()
+        for job in reversed(self.jobs):
+            job.exception()  # waits for the last job first, so that this thread is woken once
+        for job in self.jobs:
+            job.result()
+        add_data_wait(time.perf_counter() - started)
+
 
 class ViewSource(Protocol):
     """The source of the task's views of a lesion: photos in shards, or cached tokens of a frozen tower."""
@@ -39,8 +48,9 @@ class ViewSource(Protocol):
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Prepare for reads of rows (n,) by all ranks in this order, `batch` rows per step; -1 is a row without a read.
 
-        Yields a function to call with the number of steps read so far.
+        Yields a function to call with the number of steps read so far. By default does nothing: reads are local.
         """
+        return contextlib.nullcontext(lambda steps: None)
 
     def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         """Start to read the views of rows (B,); `finish` with the same device and rng completes it."""
