@@ -20,7 +20,7 @@ from PIL import Image
 
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.photos import PROBE, size_and_hash, start_hash
-from triderm_dist.data.shards.reader import FolderShards, RemoteShards
+from triderm_dist.data.shards.reader import FolderShards, open_shards
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.runtime.messages import one_line
@@ -86,7 +86,7 @@ class Thumbnails:
                         f"{self.index.lesion_ids[int(rows[i])]} does not decode ({one_line(error)}); run triderm verify"
                     ) from None
 
-        with closing(RemoteShards(self.index) if self.index.remote else FolderShards(self.index)) as shards:
+        with closing(open_shards(self.index)) as shards:
             for _ in map_in_order(read, range(len(rows)), workers):
                 pass
         with atomic_path(self._path(number), PATIENT_DATA) as temporary, temporary.open("wb") as file:

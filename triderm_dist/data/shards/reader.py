@@ -44,6 +44,11 @@ def note_on_open_files(index: ShardIndex, window: int | None) -> str | None:
     )
 
 
+def open_shards(index: ShardIndex, cache_share: float = 1.0) -> FolderShards | RemoteShards:
+    """Return a reader of the shards of a set. cache_share: see `RemoteShards`."""
+    return RemoteShards(index, cache_share) if index.remote else FolderShards(index)
+
+
 class FolderShards:
     """Shards of a local folder, opened at the first read; those opened last are kept open (`OpenFiles`)."""
 
@@ -64,10 +69,9 @@ class FolderShards:
     def _open_file(self, shard: int) -> IO[bytes]:
         return self._index.path(shard).open("rb", buffering=0)
 
-    @contextlib.contextmanager
-    def read_ahead(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
+    def read_ahead(self, order: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Do nothing: all files are local. See `RemoteShards.read_ahead`."""
-        yield lambda steps: None
+        return contextlib.nullcontext(lambda steps: None)
 
     def close(self) -> None:
         self._files.clear()
