@@ -19,7 +19,7 @@ from triderm_dist.tasks import milk10k_task
 
 COUNTS = (303, 2522, 44, 544, 52, 50, 9, 450, 749, 473, 44)
 """Lesions of each diagnosis in MILK10k."""
-CONCEPTS = 14
+CONCEPTS = [f"concept {number}" for number in range(14)]
 PHOTO_BYTES = 30_000
 UNLABELED_SHARE = 0.01
 
@@ -36,14 +36,13 @@ def write_simulated_set(folder: Path, lesions: int, shard_samples: int = 512, se
         shards.append(ShardFile(f"shard-{number:06d}.tar", samples, size, hashlib.sha256(photo * number).hexdigest()))
         with (folder / shards[-1].url).open("wb") as file:
             file.truncate(size)
-    concepts = [f"concept {number}" for number in range(CONCEPTS)]
-    write_index(folder, _tables(lesions, shard_samples, random), shards, milk10k_task(), concepts, [], {})
+    write_index(folder, _tables(lesions, shard_samples, random), shards, milk10k_task(), CONCEPTS, [], {})
     return folder
 
 
 def _tables(lesions: int, shard_samples: int, random: np.random.Generator) -> Iterator[pa.Table]:
     task = milk10k_task()
-    schema = rows_schema(CONCEPTS, len(task.fields))
+    schema = rows_schema(task, CONCEPTS)
     lesion_numbers = random.permutation(lesions).astype(np.int32)
     patients = np.repeat(np.arange(lesions, dtype=np.int32), np.arange(lesions, dtype=np.int32) % 3 + 1)[:lesions]
     patients = random.permutation(lesions).astype(np.int32)[random.permutation(patients)]
@@ -65,7 +64,7 @@ def _tables(lesions: int, shard_samples: int, random: np.random.Generator) -> It
             "group": _text(b"IP_", patients[rows]),
             "label": labels,
             "shard": rows // shard_samples,
-            "concepts": _lists(random.random((count, CONCEPTS), np.float32)),
+            "concepts": _lists(random.random((count, len(CONCEPTS)), np.float32)),
             "metadata": _lists(metadata),
             "photos": _lists(photos.reshape(count, -1)),
         }

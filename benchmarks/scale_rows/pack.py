@@ -91,7 +91,7 @@ def measure_driver(n: int, folder: Path) -> dict[str, float]:
     dataset, hashes = hash_groups(read_tables(n, folder), folder / "out", GroupHashing())
     return_freed_memory()  # as packing begins with
     Path("/proc/self/clear_refs").write_text("5")  # the peak of reading is that of the row `read`
-    schema = rows_schema(len(dataset.concepts), len(dataset.task.fields))
+    schema = rows_schema(dataset.task, dataset.concepts)
     size = 10240
 
     def distribute(work: Any, shards: Any) -> Iterator[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from triderm_dist.schema import VIEWS
+from triderm_dist.schema import VIEWS, Task
 
 FORMAT = "triderm-shards"
 VERSION = 2
@@ -166,7 +166,7 @@ def to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
 
 
-def samples_schema(concepts: int, metadata_fields: int, fine: bool = False) -> pa.Schema:
+def samples_schema(concepts: int, metadata_fields: int, fine: bool) -> pa.Schema:
     """Return the columns of samples.parquet for K concepts and M metadata fields; where there are none, no column.
 
     fine: whether the task has finer labels.
@@ -192,7 +192,7 @@ def samples_schema(concepts: int, metadata_fields: int, fine: bool = False) -> p
     )
 
 
-def rows_schema(concepts: int, metadata_fields: int, fine: bool = False) -> pa.Schema:
+def rows_schema(task: Task, concepts: Sequence[str]) -> pa.Schema:
     """Return the columns that `write_index` takes: those of samples.parquet, and `photos`: `size_and_hash` per view."""
     photos = pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS)))
-    return samples_schema(concepts, metadata_fields, fine).append(photos)
+    return samples_schema(len(concepts), len(task.fields), bool(task.fine)).append(photos)

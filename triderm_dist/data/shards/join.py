@@ -158,7 +158,7 @@ def _tables(tars: Sequence[_Tar], concepts: tuple[str, ...], photos: Sequence[np
     scores = {id(tar.index): tar.index.with_concepts(concepts) for tar in tars}
     for position, (tar, found) in enumerate(zip(tars, photos, strict=True)):
         index, rows = tar.index, tar.rows
-        schema = rows_schema(len(concepts), len(index.task.fields), bool(index.task.fine))
+        schema = rows_schema(index.task, concepts)
         columns: dict[str, Any] = {
             "lesion_id": index.lesion_ids[rows].tolist(),
             "group": index.groups[rows].tolist(),

@@ -38,10 +38,7 @@ class MergedScans:
         self.problems = [
             problem
             for scan, own in zip(scans, extra, strict=True)
-            for _, _, problem in sorted(
-                [*((row, 0, each) for row, each in scan.problems), *((row, 1, each) for row, each in own)],
-                key=lambda entry: entry[:2],
-            )
+            for _, problem in sorted([*scan.problems, *own], key=lambda entry: entry[0])
         ]
         kept = [int(keep.sum()) for keep in self._keep]
         self.lesions = sum(kept)
@@ -60,7 +57,7 @@ class MergedScans:
 
     def tables(self, hashes: GroupHashes | None) -> Iterator[pa.Table]:
         """Yield the rows of each tar with a lesion, as `write_index` takes them."""
-        schema = rows_schema(len(self.concepts), len(self.task.fields), bool(self.task.fine))
+        schema = rows_schema(self.task, self.concepts)
         shard = 0
         for scan, rows in zip(self.scans, self._tables(), strict=True):
             if not len(rows):

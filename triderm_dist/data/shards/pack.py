@@ -333,7 +333,7 @@ class _Packer:
         task, concepts = self.task, self.dataset.concepts
 
         def tables() -> Iterator[pa.Table]:
-            schema = rows_schema(len(concepts), len(task.fields), bool(task.fine))
+            schema = rows_schema(task, concepts)
             for shard, (number, _) in enumerate(files):
                 rows = pq.read_table(self.part.rows(number))
                 shard_column = pa.array([shard] * len(rows), pa.int32())

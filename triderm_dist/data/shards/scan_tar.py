@@ -239,7 +239,7 @@ class _Found:
 
 def scan_schema(task: Task) -> pa.Schema:
     """Return the columns of a scan."""
-    schema = rows_schema(0, len(task.fields), bool(task.fine))
+    schema = rows_schema(task, ())
     for name, kind in (
         ("concept_set", pa.int32()),
         ("concepts", pa.list_(pa.float32())),

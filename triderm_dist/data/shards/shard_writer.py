@@ -146,7 +146,7 @@ class ShardWriter:
             path.unlink()
         settings = self.digest().hexdigest()
         finished = FinishedShard(shard.digest.hexdigest(), settings, file, tuple(shard.problems), shard.converted)
-        schema = rows_schema(len(self.concepts), len(self.task.fields), bool(self.task.fine))
+        schema = rows_schema(self.task, self.concepts)
         part.add(number, finished, pa.Table.from_pylist(shard.rows, schema))
         return finished
 
