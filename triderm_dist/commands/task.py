@@ -128,7 +128,7 @@ def check(folder: Path, setting: str | None) -> None:
     if (more := len(dataset.problems) - MAX_PROBLEMS) > 0:
         print(f"{counted(more, 'more problem')}; triderm pack lists all in OUTPUT.problems.csv")
     if dataset.problems:
-        raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
+        raise InvalidLesions(dataset.problems, len(dataset.lesions))
 
 
 def _fields_table(dataset: Dataset) -> Table:

@@ -29,6 +29,7 @@ from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json
 from triderm_dist.cli import Interrupted
+from triderm_dist.data.progress import Progress, no_progress
 from triderm_dist.files import exclusive_lock, file_sha256, remove_dead_parts, write_json
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.runtime.redact import redact
@@ -49,9 +50,6 @@ FILES: dict[str, tuple[str, ...]] = {
 BLOCK = 1 << 20
 MAX_RATIO = 200
 """Largest ratio of unpacked to packed size: photos hardly shrink in a zip, so more than this is a zip bomb."""
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, all bytes)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def fetch(
     attempts: int = 5,
     timeout: float = 30.0,
     pause: float = 1.0,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     verified: Callable[[Path, str], object] = lambda part, sha256: None,
 ) -> str:
     """Download `url` to `path`, resuming an incomplete download, and return its SHA-256.
@@ -128,7 +126,7 @@ def fetch(
     return digests["sha256"]
 
 
-def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) -> Remote:
+def _attempt(url: str, part: Path, timeout: float, progress: Progress) -> Remote:
     """Request the missing bytes of a file. Raises _Retry if the transfer ended early."""
     have, known = _size(part), _read_description(part)
     if known is None:
@@ -158,8 +156,7 @@ def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) ->
                     raise _Restart("the server sent more bytes than it announced")
                 file.write(block)
                 have += len(block)
-                if progress:
-                    progress(have, remote.length)
+                progress(have, remote.length)
     if have < remote.length:
         raise _Retry(f"the connection ended after {have} of {remote.length} bytes")
     return remote
@@ -244,7 +241,7 @@ def _digests(path: Path) -> dict[str, str]:
 # --- unpacking -------------------------------------------------------------------------------------------------------
 
 
-def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | None = None) -> None:
+def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress = no_progress) -> None:
     """Unpack a zip to `folder`, which appears when it is complete; checks the checksum of every member.
 
     If all members are in one folder of the same name, its content becomes that of `folder`.
@@ -269,8 +266,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | Non
                 with file.open(info) as source, target.open("xb") as output:
                     _copy(source, output, info.file_size, f"{archive}, {name}")
                 done += info.file_size
-                if progress:
-                    progress(done, total)
+                progress(done, total)
         inner = unpacking / folder.name
         nested = inner.is_dir() and len(list(unpacking.iterdir())) == 1
         (inner if nested else unpacking).rename(folder)
@@ -346,7 +342,7 @@ def download(
     if not base_url.startswith(("https://", "http://")):
         raise DataError(f"base_url {base_url!r}: not an http or https URL")
     record = folder / "downloads.json"
-    shown = progress or (lambda title: contextlib.nullcontext(lambda now, total: None))
+    shown = progress or (lambda title: contextlib.nullcontext(no_progress))
     with _locked(folder):
         remove_dead_parts(folder)
         done = _read_record(record)

@@ -38,12 +38,15 @@ class Problem:
 
 
 class InvalidLesions(DataError):
-    """A data set with invalid lesions; the message holds the first of its `problems` and their number."""
+    """A data set with invalid lesions; the message holds the first of its `problems` and their number.
 
-    def __init__(self, problems: Sequence[Problem], lesions: int) -> None:
+    valid: the number of lesions without a problem.
+    """
+
+    def __init__(self, problems: Sequence[Problem], valid: int) -> None:
         bad = len({problem.lesion_id for problem in problems})
         super().__init__(
-            f"{problems[0]} ({len(problems)} problem{'s' * (len(problems) > 1)} in {bad} of {lesions} lesions; "
+            f"{problems[0]} ({len(problems)} problem{'s' * (len(problems) > 1)} in {bad} of {valid + bad} lesions; "
             "correct them, or drop these lesions by invalid=drop)"
         )
         self.problems = tuple(problems)

@@ -91,7 +91,7 @@ def read_lesions(
         columns = _Columns(table, trained)
         lesions = _join(columns, _Photos(folders), trained)
     if (problems := columns.problems) and invalid == "refuse":
-        raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
+        raise InvalidLesions(problems, len(lesions))
     if not len(lesions):
         raise DataError(f"{table.path}: no valid lesion; the first problem: {problems[0]}")
     return ReadInput(lesions, (*note_on_views(lesions), *columns.notes_on_columns()), tuple(problems))

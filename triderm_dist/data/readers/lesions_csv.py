@@ -48,7 +48,7 @@ def read_lesions(
         builder = LesionBuilder(columns, PhotoFinder([folder]), mark_missing)
         lesions = builder.build()
     if (problems := columns.problems) and invalid == "refuse":
-        raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
+        raise InvalidLesions(problems, len(lesions))
     notes = builder.notes(lesions)
     return Dataset(task, lesions, builder.concepts, columns.labeled, notes, tuple(problems), str(folder))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from triderm_dist.data.problems import Problem, count_by_kind, write_problems
+from triderm_dist.data.progress import Progress
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.photos import describe_changes
 from triderm_dist.runtime.terminal import counted, wrapped
@@ -18,15 +19,12 @@ MAX_SHOWN = 10
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal, elsewhere print a line every 10 seconds.
-
-    Yields a function to call with (done, total).
-    """
-    from rich.progress import Progress
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Show a progress bar on a terminal, elsewhere print a line every 10 seconds."""
+    import rich.progress
 
     if sys.stderr.isatty():
-        with Progress(transient=True) as bar:
+        with rich.progress.Progress(transient=True) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.group_hashes import GroupHashes, GroupHashing, hashes_for
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.progress import Progress, no_progress
 from triderm_dist.data.shards.foreign_folder import list_tars
 from triderm_dist.data.shards.format import EXTENSIONS
 from triderm_dist.data.shards.index import ShardIndex, read_index
@@ -54,7 +55,7 @@ def index_shards(
     missing_view: Literal["refuse", "mark"] = "refuse",
     invalid: Literal["refuse", "drop"] = "refuse",
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
     note: Callable[[str], object] = lambda text: None,
     hashing: GroupHashing | None = None,
     distribute: Distribute | None = None,
@@ -169,7 +170,7 @@ def index_slice(
     extensions: Mapping[str, tuple[str, ...]] = EXTENSIONS,
     missing_view: Literal["refuse", "mark"] = "refuse",
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[Problem]:
     """Scan every `of`-th tar from the `number`-th on (1 to `of`), for `index_shards` with the same settings to finish.
 
@@ -192,9 +193,7 @@ def _refusal(part: Path) -> str:
     return f"{part}: another process is indexing these tars; wait for it or end it"
 
 
-def _scan(
-    scanner: TarScanner, tars: Sequence[TarFile], workers: int, progress: Callable[[int, int], None] | None
-) -> Iterator[TarScan]:
+def _scan(scanner: TarScanner, tars: Sequence[TarFile], workers: int, progress: Progress) -> Iterator[TarScan]:
     """Yield the scans of tars in order. Tars are scanned side by side, and the samples of a tar where there are fewer
     tars than threads.
     """
@@ -211,8 +210,7 @@ def _scan(
             nonlocal own, done
             with lock:
                 done, own = done + position - own, position
-                if progress:
-                    progress(done, total)
+                progress(done, total)
 
         found = scanner.scan(tar, advance)
         advance(tar.bytes)
@@ -225,7 +223,7 @@ def _scan(
 def _distributed(
     scanner: TarScanner,
     tars: Sequence[TarFile],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
     distribute: Distribute,
 ) -> Iterator[TarScan]:
     """Yield the scans of tars in order, after `distribute` has had those scanned that no earlier scan knows."""
@@ -234,8 +232,7 @@ def _distributed(
     done = total - sum(tar.bytes for tar in missing.values())
     for name in distribute(functools.partial(_scan_piece, scanner), missing.items()):
         done += missing[name].bytes
-        if progress:
-            progress(done, total)
+        progress(done, total)
     for tar, scan in map_in_order(scanner.known, tars, available_cores()):
         if scan is None:
             raise DataError(
@@ -262,7 +259,7 @@ def _check(folder: str, found: MergedScans, invalid: str, tars: int) -> None:
         )
     problems = [replace(problem, where=f"{folder}/{problem.where}") for problem in found.problems]
     if problems and invalid == "refuse":
-        raise InvalidLesions(problems, found.lesions + len({problem.lesion_id for problem in problems}))
+        raise InvalidLesions(problems, found.lesions)
     if not found.shards:
         why = f"{len(problems)} problems, the first: {problems[0]}" if problems else "; ".join(found.unread())
         raise DataError(f"{folder}: no valid lesion in {tars} tars; {why}")

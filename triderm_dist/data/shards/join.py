@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import simplejpeg
 
+from triderm_dist.data.progress import Progress, no_progress
 from triderm_dist.data.shards.format import ShardFile, rows_schema, to_array
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.index_schema import MAX_SELECTED
@@ -40,7 +41,7 @@ def join_sets(
     keep: Sequence[np.ndarray],
     output: Path,
     selected: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> ShardIndex:
     """Write the set `output` of the kept lesions of several sets, and return its index.
 
@@ -71,7 +72,7 @@ def _write(
     tars: Sequence[_Tar],
     folder: Path,
     selected: str | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> None:
     """Write the tars and the index of the new set into an empty folder."""
     files, tables = [tar.file for tar in tars], _tables(tars, sets[0].concepts, _photos(tars, folder, progress))
@@ -174,7 +175,7 @@ def _tables(tars: Sequence[_Tar], concepts: tuple[str, ...], photos: Sequence[np
         yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
 
-def _photos(tars: Sequence[_Tar], folder: Path, progress: Callable[[int, int], None] | None) -> list[np.ndarray]:
+def _photos(tars: Sequence[_Tar], folder: Path, progress: Progress) -> list[np.ndarray]:
     """Link the tars into a folder, and return the width, height and a 64-bit number (n, views, 3) of the photos of the
     kept lesions of each tar, zeros where one is missing; the numbers are equal where the bytes are.
     """
@@ -196,8 +197,7 @@ def _photos(tars: Sequence[_Tar], folder: Path, progress: Callable[[int, int], N
     workers = max(available_cores(), *downloads, 1)
     for done, (_, probes) in enumerate(map_in_order(probes_of, tars, workers), start=1):
         found.append(probes)
-        if progress:
-            progress(done, len(tars))
+        progress(done, len(tars))
     numbers = np.sort(np.concatenate([probes[..., 2].ravel() for probes in found]))
     repeated = np.unique(numbers[1:][numbers[1:] == numbers[:-1]])
     for tar, probes in zip(tars, found, strict=True):

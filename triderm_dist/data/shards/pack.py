@@ -19,7 +19,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.progress import Progress, no_progress
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import LesionTable
 from triderm_dist.data.shards.format import INDEX, rows_schema
@@ -49,9 +50,6 @@ from triderm_dist.runtime.memory import return_freed_memory
 from triderm_dist.schema import DataError
 from triderm_dist.tasks import check_packed_for, recorded_task
 
-Progress = Callable[[int, int], None]
-"""Called with (lesions done, all lesions)."""
-
 
 def pack_shards(
     dataset: Dataset,
@@ -61,7 +59,7 @@ def pack_shards(
     shard_samples: int = 512,
     invalid: Literal["refuse", "drop"] = "refuse",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     group_hashes: GroupHashes | None = None,
     finish: bool = False,
     distribute: Distribute | None = None,
@@ -119,7 +117,7 @@ def pack_slice(
     shard_samples: int = 512,
     invalid: Literal["refuse", "drop"] = "refuse",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Problem]:
     """Write every `of`-th shard from the `number`-th on (1 to `of`) into OUTPUT.part, for `pack_shards` to finish.
 
@@ -139,9 +137,9 @@ def pack_slice(
         if packer.output_exists():  # completed by another process in the meantime
             packer.remove_empty_part()
             raise DataError(exists)
-        problems = _problems_of(packer.write(numbers))
-    if problems and invalid == "refuse":
-        raise InvalidLesions(problems, packer.total)
+        shards = packer.write(numbers)
+    if (problems := _problems_of(shards)) and invalid == "refuse":
+        raise InvalidLesions(problems, _valid_lesions(shards))
     return problems
 
 
@@ -151,6 +149,11 @@ def _refusal(part: Path) -> str:
 
 def _problems_of(shards: Sequence[FinishedShard]) -> list[Problem]:
     return [problem for shard in shards for problem in shard.problems]
+
+
+def _valid_lesions(shards: Sequence[FinishedShard]) -> int:
+    """Return the number of lesions that shards hold."""
+    return sum(shard.file.samples for shard in shards if shard.file)
 
 
 class _Packer:
@@ -169,7 +172,7 @@ class _Packer:
         shard_samples: int,
         invalid: str,
         workers: int | None,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         self.dataset, self.task, self.invalid, self.progress = dataset, dataset.task, invalid, progress
         self.folder, self.url = follow_link(local_name(output)), os.fspath(output) if is_url(output) else None
@@ -186,7 +189,7 @@ class _Packer:
     def _check_tables(self) -> None:
         lesions, problems = self.dataset.lesions, self.dataset.problems
         if problems and self.invalid == "refuse":
-            raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
+            raise InvalidLesions(problems, len(lesions))
         if not lesions:
             first = f"the first: {problems[0]}" if problems else "the data set is empty"
             raise DataError(f"{self.folder}: no valid lesion to pack; {len(problems)} problems, {first}")
@@ -238,15 +241,15 @@ class _Packer:
         """
         part = self.part
         part.create()
-        found = dict(self._read_finished(numbers))
+        finished = {number: shard for number, shard in self._read_finished(numbers) if shard}
         kept: dict[int, FinishedShard] = {}
         for number, valid in map_in_order(
-            lambda number: self.writer.is_valid(part, number, self.lesions[number], found[number]),
-            [number for number, shard in found.items() if shard],
+            lambda number: self.writer.is_valid(part, number, self.lesions[number], finished[number]),
+            finished,
             self.workers,
         ):
-            if valid and (shard := found[number]):
-                kept[number] = shard
+            if valid:
+                kept[number] = finished[number]
                 self._advance(self.lesions.size(number))
         others = set(range(len(self.lesions))) - set(numbers)
         for path in part.files_except({*kept, *others}):
@@ -308,8 +311,7 @@ class _Packer:
 
     def _advance(self, lesions: int) -> None:
         self.done += lesions
-        if self.progress:
-            self.progress(self.done, self.total)
+        self.progress(self.done, self.total)
 
     # --- the index ---
 
@@ -317,11 +319,11 @@ class _Packer:
         """Remove all shards and raise InvalidLesions where their problems refuse the set, DataError where no lesion is
         left.
         """
-        problems = _problems_of(shards)
+        problems, valid = _problems_of(shards), _valid_lesions(shards)
         if problems and self.invalid == "refuse":
             self.part.remove(len(self.lesions), self.workers)
-            raise InvalidLesions(problems, len(self.dataset.lesions))
-        if not any(shard.file for shard in shards):
+            raise InvalidLesions(problems, valid)
+        if not valid:
             self.part.remove(len(self.lesions), self.workers)
             raise DataError(
                 f"{self.folder}: no valid lesion to pack; {len(problems)} problems, the first: {problems[0]}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from triderm_dist.data.group_hashes import GroupHashes, groups_file, read_salt
 from triderm_dist.data.problems import Problem
+from triderm_dist.data.progress import Progress, no_progress
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
 from triderm_dist.data.shards.index_schema import read_index_json
@@ -33,7 +34,7 @@ def verify(
     folds: int,
     fold_seed: int,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[Problem]:
     """Return all problems of a packed set, an empty list if it is valid.
 
@@ -95,9 +96,7 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
             yield Problem("", "count", str(path), what)
 
 
-def _samples(
-    index: ShardIndex, tar: _Tar, photos: np.ndarray, workers: int, progress: Callable[[int, int], None] | None
-) -> list[Problem]:
+def _samples(index: ShardIndex, tar: _Tar, photos: np.ndarray, workers: int, progress: Progress) -> list[Problem]:
     """Compare every sample of a tar that webdataset reads with its row of the index, and set the rows of `photos`
     (N, V, 3).
     """
@@ -118,8 +117,7 @@ def _samples(
     for (row, _), problem in map_in_order(check, _pairs(index, tar, problems.append), workers):
         if problem:
             problems.append(problem)
-        if progress:
-            progress(row + 1, len(index))
+        progress(row + 1, len(index))
     return problems
 
 

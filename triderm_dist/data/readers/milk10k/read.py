@@ -70,7 +70,7 @@ def read_challenge(
         bad = {problem.lesion_id for problem in label_problems}
         lesions = lesions.take(np.array([at for at, name in enumerate(lesions.ids) if name not in bad], np.int64))
     if (problems := [*columns.problems, *label_problems]) and invalid == "refuse":
-        raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
+        raise InvalidLesions(problems, len(lesions))
     notes, root = builder.notes(lesions), str(folder_of(Path(folder)))
     return Dataset(task, lesions, builder.concepts, truth_path is not None, notes, tuple(problems), root)
 
