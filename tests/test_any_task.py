@@ -11,7 +11,7 @@ import pytest
 
 from tests.processes import launch
 from tests.test_data_sets import TINY
-from triderm_dist.data.synthetic import truth_file, write_demo
+from triderm_dist.data.synthetic import truth_file, write_synthetic
 from triderm_dist.tasks import load_task
 
 TASK = """\
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "task.yaml").write_text(TASK)
     (folder / "tiny.yaml").write_text(TINY)
     task = load_task(folder / "task.yaml")
-    write_demo(folder / "set", task, 100, 50, seed=0)
+    write_synthetic(folder / "set", task, 100, 50, seed=0)
     settings = ["data.source=set/train", "data.test=set/test", f"data.test_truth={truth_file(Path('set'), task)}"]
     pipeline = ["--config", "tiny.yaml", "output=run", "data.task=task.yaml", *settings]
     done = launch("triderm_dist.commands.pipeline", *pipeline, folder=folder)

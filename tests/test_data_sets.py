@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, launch
-from triderm_dist.data.synthetic import write_demo
+from triderm_dist.data.synthetic import write_synthetic
 from triderm_dist.predictions import read_oof
 from triderm_dist.tasks import load_task
 
@@ -43,7 +43,7 @@ def test_every_page_is_tested() -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_commands_run_as_printed(name: str, tmp_path: Path) -> None:
-    write_demo(tmp_path / "set", load_task(name), 100, 50, seed=0)
+    write_synthetic(tmp_path / "set", load_task(name), 100, 50, seed=0)
     (tmp_path / "set" / "train").rename(tmp_path / SETS[name])
     (tmp_path / "set" / "test").rename(tmp_path / "NEW")
     (tmp_path / "cpu").write_text(TINY)

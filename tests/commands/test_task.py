@@ -12,7 +12,7 @@ from tests.data.readers.test_milk10k import Make
 from triderm_dist.commands.task import main
 from triderm_dist.data.readers.describe import describe_folder
 from triderm_dist.data.readers.lesions_csv import read_lesions
-from triderm_dist.data.synthetic import write_demo
+from triderm_dist.data.synthetic import write_synthetic
 from triderm_dist.schema import ConfigError, DataError, TableFormat
 from triderm_dist.tasks import load_task
 
@@ -98,7 +98,7 @@ def test_init_reads_german_words_and_shows_commands_as_a_shell_takes_them(tmp_pa
 
 
 def test_init_names_a_shipped_task_with_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_demo(tmp_path / "set", load_task("derm7pt"), 100, 50, seed=0)
+    write_synthetic(tmp_path / "set", load_task("derm7pt"), 100, 50, seed=0)
     main(["init", str(tmp_path / "set" / "train")])
     shown = capsys.readouterr().out
     assert "the columns are those of derm7pt, a task that ships" in shown and "pad_ufes" not in shown

@@ -18,13 +18,13 @@ from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.readers.milk10k import CONCEPTS, MONET_COLUMNS, read_challenge
 from triderm_dist.data.readers.table import read_table
 from triderm_dist.data.synthetic import truth_file
-from triderm_dist.data.synthetic import write_demo as write_set
+from triderm_dist.data.synthetic import write_synthetic as write_set
 from triderm_dist.data.synthetic.table import levels_of, modalities
 from triderm_dist.schema import DIAGNOSES, UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import load_task, task_names
 
 
-def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:
+def write_synthetic(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:
     arguments = [f"{key}={value}" for key, value in settings.items()]
     return launch("shards.demo", f"output={output}", *arguments, check=False)
 
@@ -32,7 +32,7 @@ def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("data") / "demo"
-    result = write_demo(output, lesions=130, test_lesions=60)
+    result = write_synthetic(output, lesions=130, test_lesions=60)
     assert result.returncode == 0 and result.stderr == "" and "SYNTHETIC" in result.stdout
     return output
 
@@ -115,17 +115,17 @@ def test_synthetic_data_is_reproducible(demo: Path, tmp_path: Path) -> None:
     def content(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    write_demo(tmp_path / "again", lesions=130, test_lesions=60)
+    write_synthetic(tmp_path / "again", lesions=130, test_lesions=60)
     assert content(tmp_path / "again") == content(demo)
 
 
 def test_existing_data_is_never_overwritten(demo: Path, tmp_path: Path) -> None:
     before = (demo / "README.txt").stat().st_mtime_ns
-    again = write_demo(demo, lesions=130, test_lesions=60)
+    again = write_synthetic(demo, lesions=130, test_lesions=60)
     assert again.returncode == 0 and "already" in again.stdout
     assert (demo / "README.txt").stat().st_mtime_ns == before
-    other = write_demo(demo, lesions=130, test_lesions=60, seed=1)
-    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "is not this demo data" in other.stderr
+    other = write_synthetic(demo, lesions=130, test_lesions=60, seed=1)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "is not this synthetic data" in other.stderr
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -133,7 +133,7 @@ def test_data_that_another_process_has_written_meanwhile_are_kept(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
     output = tmp_path / "out"
-    refused = pytest.raises(DataError, match="out: exists and is not this demo data") if seed else nullcontext()
+    refused = pytest.raises(DataError, match="out: exists and is not this synthetic data") if seed else nullcontext()
     with written_meanwhile(output, lambda: shutil.copytree(demo, output), capsys), refused:
         assert not write_set(output, load_task("milk10k"), 130, 60, seed)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -10,7 +10,7 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.data.synthetic import write_demo
+from triderm_dist.data.synthetic import write_synthetic
 from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
 from triderm_dist.doctor.findings import GIB
 from triderm_dist.doctor.machine import Gpu
@@ -50,7 +50,7 @@ def test_test_set_and_truth(make_challenge, tmp_path):
 
 def test_folder_of_another_task(tmp_path):
     """The folder is read by its own task, whose rarest diagnosis fills no fold; networks are those for its one view."""
-    write_demo(tmp_path / "set", load_task("ham10000"), 100, 50, seed=0)
+    write_synthetic(tmp_path / "set", load_task("ham10000"), 100, 50, seed=0)
     base = [*SMALL, f"output={tmp_path / 'run'}", "data.task=ham10000", "data.folds=20"]
     experiment = load(Experiment, None, [*base, f"data.source={tmp_path / 'set' / 'train'}"])
     training = finding(experiment, "training")

@@ -21,7 +21,7 @@ from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.data.synthetic import write_demo
+from triderm_dist.data.synthetic import write_synthetic
 from triderm_dist.engine.network_files import read_weights
 from triderm_dist.models.dual_cnn import DualCnn
 from triderm_dist.models.towers import TOWER_SOURCES, TokenShape
@@ -47,7 +47,7 @@ def small_tower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_synthetic_set_is_read_and_packed_with_finer_labels(tmp_path: Path) -> None:
-    write_demo(tmp_path / "demo", FINE, 40, 20, 0)
+    write_synthetic(tmp_path / "demo", FINE, 40, 20, 0)
     dataset = read_lesions(tmp_path / "demo" / "train", FINE)
     assert FINE.fine is not None
     for lesion in dataset.lesions:
@@ -64,7 +64,7 @@ def test_synthetic_set_is_read_and_packed_with_finer_labels(tmp_path: Path) -> N
 
 
 def test_finer_label_of_another_diagnosis_is_refused(tmp_path: Path) -> None:
-    write_demo(tmp_path / "demo", FINE, 40, 20, 0)
+    write_synthetic(tmp_path / "demo", FINE, 40, 20, 0)
     table = tmp_path / "demo" / "train" / "lesions.csv"
     table.write_text(table.read_text().replace("nodular", "blue"))
     with pytest.raises(InvalidLesions, match="subtype 'blue' is a label of mole, and the diagnosis is melanoma"):

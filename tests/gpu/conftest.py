@@ -11,7 +11,7 @@ import torch
 
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.data.synthetic import write_demo
+from triderm_dist.data.synthetic import write_synthetic
 from triderm_dist.tasks import milk10k_task
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the 100 synthetic lesions that tests/distributed trains on too."""
     folder = tmp_path_factory.mktemp("gpu")
-    write_demo(folder / "demo", milk10k_task(), lesions=100, test_lesions=50, seed=0)
+    write_synthetic(folder / "demo", milk10k_task(), lesions=100, test_lesions=50, seed=0)
     pack_shards(read_challenge(folder / "demo" / "train"), folder / "shards", short_side=None)
     return folder / "shards"
 

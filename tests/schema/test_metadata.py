@@ -20,7 +20,7 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.data.synthetic import write_demo
+from triderm_dist.data.synthetic import write_synthetic
 from triderm_dist.models import build_network
 from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
@@ -182,7 +182,7 @@ def test_slices_of_the_report_cover_every_lesion_once() -> None:
 
 
 def test_synthetic_data_has_every_field_of_the_task(tmp_path: Path) -> None:
-    write_demo(tmp_path / "demo", TASK, 80, 40, seed=0)
+    write_synthetic(tmp_path / "demo", TASK, 80, 40, seed=0)
     lesions = read_challenge(tmp_path / "demo" / "train", TASK).lesions
     values = np.array([lesion.metadata for lesion in lesions])
     assert 1 <= np.nanmin(values[:, 4]) < 5 and 25 < np.nanmax(values[:, 4]) <= 30

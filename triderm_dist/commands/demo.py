@@ -24,12 +24,12 @@ class DemoRun(Section):
 
 
 def main(config: DemoRun) -> None:
-    from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS, truth_file, write_demo
+    from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS, truth_file, write_synthetic
     from triderm_dist.tasks import load_task
 
     check_no_file("output", config.output)
     data, task = Path(config.output) / "data", load_task(config.task)
-    write_demo(data, task, LESIONS, TEST_LESIONS, seed=0)
+    write_synthetic(data, task, LESIONS, TEST_LESIONS, seed=0)
     print(f"{LESIONS} + {TEST_LESIONS} SYNTHETIC lesions in {data}", flush=True)
     settings = [
         f"output={config.output}",

@@ -27,14 +27,14 @@ class SyntheticConfig(Extensible):
 
 
 def main(config: SyntheticConfig) -> None:
-    from triderm_dist.data.synthetic import truth_file, write_demo
+    from triderm_dist.data.synthetic import truth_file, write_synthetic
     from triderm_dist.tasks import load_task
 
     output, task = Path(config.output), load_task(config.task)
-    if write_demo(output, task, config.lesions, config.test_lesions, config.seed):
+    if write_synthetic(output, task, config.lesions, config.test_lesions, config.seed):
         print(f"{config.lesions} + {config.test_lesions} SYNTHETIC lesions in {output}: train/, test/, truth/")
     else:
-        print(f"{output} holds this demo data already")
+        print(f"{output} holds this synthetic data already")
     settings = [f"data.source={output / 'train'}", f"data.test={output / 'test'}"]
     settings += [f"data.test_truth={truth_file(output, task)}", f"data.task={config.task}"]
     print(f"next: {shlex.join(['triderm', 'pipeline', '--config', 'demo', *settings])}")

@@ -33,8 +33,8 @@ def is_synthetic(source: str | os.PathLike[str]) -> bool:
     return any(path.is_file() and path.read_bytes().startswith(b"SYNTHETIC") for path in notices)
 
 
-def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: int) -> bool:
-    """Write the demo data into `output` atomically; returns False if `output` holds the same data already.
+def write_synthetic(output: Path, task: Task, lesions: int, test_lesions: int, seed: int) -> bool:
+    """Write the synthetic data into `output` atomically; returns False if `output` holds the same data already.
 
     Raises DataError if `output` holds other files, ConfigError if there are too few lesions for the diagnoses.
     """
@@ -71,7 +71,7 @@ def _is_written(output: Path, settings: str) -> bool:
     readme = output / "README.txt"
     if readme.is_file() and settings in readme.read_text(encoding="utf-8", errors="replace").splitlines():
         return True
-    raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
+    raise DataError(f"{output}: exists and is not this synthetic data; choose another output folder or delete it")
 
 
 def truth_file(output: Path, task: Task) -> Path:

@@ -63,7 +63,7 @@ SITE_SHARES = {
 
 
 @dataclass(frozen=True)
-class DemoLesion:
+class SyntheticLesion:
     """One generated lesion: ids, cells of both table rows and concept scores by column, two photos (H, W, 3) uint8."""
 
     lesion_id: str
@@ -111,7 +111,7 @@ def write_part(
     (folder / "attribution.txt").write_text("SYNTHETIC, drawn by triderm-dist; no patient is shown\n", encoding="utf-8")
 
 
-def _metadata_row(lesion: DemoLesion, kind: str, photo_id: str, scores: Mapping[str, float]) -> dict[str, Any]:
+def _metadata_row(lesion: SyntheticLesion, kind: str, photo_id: str, scores: Mapping[str, float]) -> dict[str, Any]:
     return {
         "lesion_id": lesion.lesion_id,
         "image_type": kind,
@@ -142,13 +142,13 @@ def draw_lesion(
     diagnosis: str,
     photo_ids: tuple[str, str],
     more: Sequence[MetadataField],
-) -> DemoLesion:
+) -> SyntheticLesion:
     traits = TRAITS[diagnosis]
     tone = int(generator.choice(6, p=SKIN_TONE_SHARES))
     outline = draw_outline(generator)
     hairs = int(generator.choice([0, 0, 0, 2, 4, 7]))
     red, clods = (traits[view] ^ (generator.random() < SWAPPED) for view in (CLINICAL, DERMOSCOPIC))
-    return DemoLesion(
+    return SyntheticLesion(
         lesion_id,
         diagnosis,
         photo_ids,
