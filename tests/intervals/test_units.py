@@ -37,5 +37,7 @@ def test_units_are_the_distinct_sums_of_counts_over_groups() -> None:
         rows = np.concatenate([truth & decisions, truth.astype(int) + decisions, truth], axis=1)
         expected = [rows[groups == group].sum(axis=0) for group in np.unique(groups)]
         distinct, times = np.unique(expected, axis=0, return_counts=True)
-        np.testing.assert_array_equal(np.concatenate([counts.found, counts.total, counts.positives], axis=1), distinct)
+        np.testing.assert_array_equal(
+            np.concatenate([counts.true_positives, counts.total, counts.positives], axis=1), distinct
+        )
         np.testing.assert_array_equal(frequency, times)

@@ -354,7 +354,7 @@ def test_malignant_against_benign_counts_the_kinds_that_the_task_states(clinic: 
     found = (decisions[:, 0] & (labels == 0)).sum()
     rates, counts = section.tables
     assert counts.value("malignant lesions", "malignant") == Share(found, (labels == 0).sum())
-    assert counts.value("benign lesions", "malignant").whole == np.isin(labels, [1, 3]).sum()
+    assert counts.value("benign lesions", "malignant").total == np.isin(labels, [1, 3]).sum()
     assert rates.value("Sensitivity", "nested").value == pytest.approx(found / (labels == 0).sum())
 
 

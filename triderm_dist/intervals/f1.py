@@ -10,7 +10,7 @@ import numpy as np
 from triderm_dist import metrics
 from triderm_dist.intervals.bootstrap import RESAMPLES, percentiles, resampled
 from triderm_dist.intervals.interval import UNKNOWN, Interval
-from triderm_dist.intervals.share import Share
+from triderm_dist.intervals.share import Proportion
 from triderm_dist.intervals.units import Counts, count_units
 
 _PRIOR_LESIONS = 0.5
@@ -97,13 +97,13 @@ def macro_f1_difference_draws(
     """
     (one, two), frequency = count_units([first, second], labels, groups)
     generator = np.random.default_rng(seed)
-    columns = np.concatenate([one.found, one.total, two.found, two.total], axis=1)
+    columns = np.concatenate([one.true_positives, one.total, two.true_positives, two.total], axis=1)
     sums = resampled(columns, frequency, int(frequency.sum()), resamples, generator)
     one_found, one_total, two_found, two_total = np.split(sums, 4, axis=1)
     positives = frequency @ one.positives
     occurs = positives > 0
-    both = frequency @ one.both
-    outcomes = np.stack([both, frequency @ one.found - both, frequency @ two.found - both])[:, occurs]
+    both = frequency @ one.shared_true_positives
+    outcomes = np.stack([both, frequency @ one.true_positives - both, frequency @ two.true_positives - both])[:, occurs]
     shares = (outcomes / positives[occurs]).mean(axis=1)
     shape = _PRIOR_LESIONS * np.append(shares, max(1 - shares.sum(), 0.0))
     added = generator.standard_gamma(np.broadcast_to(shape[:, None, None], (4, resamples, len(occurs))))
@@ -150,7 +150,9 @@ def _macro_f1_draws(
     tables: Sequence[Counts], frequency: np.ndarray, drawn: int, resamples: int, seed: int
 ) -> np.ndarray:
     """Return (R, T) macro F1 of T tables over the diagnoses that occur in each resample of so many units."""
-    columns = np.concatenate([tables[0].positives, *(part for each in tables for part in (each.found, each.total))], 1)
+    columns = np.concatenate(
+        [tables[0].positives, *(part for each in tables for part in (each.true_positives, each.total))], 1
+    )
     sums = resampled(columns, frequency, drawn, resamples, np.random.default_rng(seed))
     positives, *parts = np.split(sums, 1 + 2 * len(tables), axis=1)
     f1 = np.stack([metrics.ratio(2 * found, total) for found, total in zip(parts[::2], parts[1::2], strict=True)], 1)
@@ -171,8 +173,10 @@ class _F1:
     @staticmethod
     def of(units: Counts, frequency: np.ndarray, grouped: bool) -> _F1:
         occurs = frequency @ units.positives > 0
-        share = Share.of(units.found, units.total - units.found, frequency, grouped)  # TP / (TP + FP + FN)
-        found, union = np.where(occurs, share.part, 0.0), np.where(occurs, share.whole, 1.0)
+        share = Proportion.of(
+            units.true_positives, units.total - units.true_positives, frequency, grouped
+        )  # TP / (TP + FP + FN)
+        found, union = np.where(occurs, share.part, 0.0), np.where(occurs, share.total, 1.0)
         smooth = (found + 0.5) / (union + 1)
         bias = 2 * smooth * (1 - smooth) / (1 + smooth) ** 3 / union  # minus half of F1'' times the variance of J
         values = [2 * j / (1 + j) for j in (share.value, share.low, share.high)]
@@ -181,4 +185,4 @@ class _F1:
 
     def influence(self, units: Counts) -> np.ndarray:
         """Return (U, C), the change of F1 by a unit, to first order."""
-        return np.asarray((2 * units.found - self.f1 * units.total) / self.total)
+        return np.asarray((2 * units.true_positives - self.f1 * units.total) / self.total)

@@ -7,7 +7,7 @@ import numpy as np
 from triderm_dist import metrics
 from triderm_dist.intervals.interval import NORMAL, UNKNOWN, Interval
 from triderm_dist.intervals.means import variance_of_mean
-from triderm_dist.intervals.share import Share
+from triderm_dist.intervals.share import Proportion
 
 _ROC_PRIOR, _AP_PRIOR = 12, 3
 """Weights of the simpler variance in `area_under_roc` and `average_precision`, in lesions of the rarer kind."""
@@ -55,12 +55,12 @@ def average_precision(ranking: metrics.Ranking, groups: np.ndarray | None = None
     if np.isnan(value):
         return UNKNOWN
     if value == 1:
-        return Share.single(positives, positives, value)
+        return Proportion.single(positives, positives, value)
     binomial = value * (1 - value) / positives
     variance = variance_of_mean(_average_precision_influence(ranking), groups)
     variance = (positives * variance + _AP_PRIOR * binomial) / (positives + _AP_PRIOR)
     equivalent = value * (1 - value) / variance
-    return Share.single(value * equivalent, equivalent, value)
+    return Proportion.single(value * equivalent, equivalent, value)
 
 
 def _hanley_mcneil(area: float, few: int, many: int) -> float:

@@ -52,12 +52,12 @@ def rates(decided: np.ndarray, positive: np.ndarray, groups: np.ndarray | None =
         (found, found + false_alarm),
         (true_negative, true_negative + missed),
     )
-    return Rates(*(Share.of(part, whole, frequency, groups is not None).intervals()[0] for part, whole in pairs))
+    return Rates(*(Proportion.of(part, total, frequency, groups is not None).intervals()[0] for part, total in pairs))
 
 
-def shares(part: np.ndarray, whole: np.ndarray) -> list[Interval]:
-    """Return part / whole of independent lesions (B,) each, with intervals as in `f1_per_class`."""
-    return Share.from_counts(part, whole).intervals()
+def shares(part: np.ndarray, total: np.ndarray) -> list[Interval]:
+    """Return part / total of independent lesions (B,) each, with intervals as in `f1_per_class`."""
+    return Proportion.from_counts(part, total).intervals()
 
 
 def predictive_values(
@@ -101,61 +101,61 @@ def _complement(interval: Interval) -> Interval:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Shares part / whole with the ends of their intervals, all (C,); NaN where whole is 0.
+class Proportion:
+    """Shares part / total with the ends of their intervals, all (C,); NaN where total is 0.
 
-    part, whole: effective counts, of independent lesions with as much information.
+    part, total: effective counts, of independent lesions with as much information.
     """
 
     part: np.ndarray
-    whole: np.ndarray
+    total: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
     @staticmethod
-    def of(parts: np.ndarray, wholes: np.ndarray, frequency: np.ndarray, grouped: bool) -> Share:
+    def of(parts: np.ndarray, totals: np.ndarray, frequency: np.ndarray, grouped: bool) -> Proportion:
         """Take the shares of units (U, C) with their frequency (U,)."""
-        part, whole = frequency @ parts, frequency @ wholes
+        part, total = frequency @ parts, frequency @ totals
         if grouped:  # to the effective sample size
-            effect = _design_effect(parts, wholes, frequency)
-            part, whole = part / effect, whole / effect
-        return Share.from_counts(part, whole)
+            effect = _design_effect(parts, totals, frequency)
+            part, total = part / effect, total / effect
+        return Proportion.from_counts(part, total)
 
     @staticmethod
-    def from_counts(part: np.ndarray, whole: np.ndarray) -> Share:
+    def from_counts(part: np.ndarray, total: np.ndarray) -> Proportion:
         from scipy.special import betaincinv
 
-        rest = whole - part
+        rest = total - part
         low = np.where(part > 0, betaincinv(part + _PRIOR, rest + _PRIOR, 0.025), 0.0)
         high = np.where(rest > 0, betaincinv(part + _PRIOR, rest + _PRIOR, 0.975), 1.0)
-        value = metrics.ratio(part, whole)  # NaN where whole is 0
-        return Share(part, whole, np.minimum(low, value), np.maximum(high, value))
+        value = metrics.ratio(part, total)  # NaN where total is 0
+        return Proportion(part, total, np.minimum(low, value), np.maximum(high, value))
 
     @staticmethod
-    def single(part: float, whole: float, value: float) -> Interval:
-        """Return the interval of a single share. value: part / whole before rounding."""
-        share = Share.from_counts(np.array([part]), np.array([whole]))
+    def single(part: float, total: float, value: float) -> Interval:
+        """Return the interval of a single share. value: part / total before rounding."""
+        share = Proportion.from_counts(np.array([part]), np.array([total]))
         return Interval(value, min(float(share.low[0]), value), max(float(share.high[0]), value))
 
     @property
     def value(self) -> np.ndarray:
-        return metrics.ratio(self.part, self.whole)
+        return metrics.ratio(self.part, self.total)
 
     def intervals(self) -> list[Interval]:
         ends = zip(self.value, self.low, self.high, strict=True)
         return [Interval(float(value), float(low), float(high)) for value, low, high in ends]
 
 
-def _design_effect(part: np.ndarray, whole: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """Return (C,) variance of part / whole over groups (U, C), divided by the variance over independent lesions; >= 1.
+def _design_effect(part: np.ndarray, total: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """Return (C,) variance of part / total over groups (U, C), divided by the variance over independent lesions; >= 1.
 
     Where the share is 0 or 1 it is unknown, and the largest possible is taken: that of groups which agree throughout.
     """
-    parts, wholes = frequency @ part, frequency @ whole
-    share = metrics.ratio(parts, wholes)
+    parts, totals = frequency @ part, frequency @ total
+    share = metrics.ratio(parts, totals)
     units = frequency.sum()
-    residuals = frequency @ (part - share * whole) ** 2 * units / max(units - 1, 1)
-    effect = metrics.ratio(residuals, wholes * share * (1 - share))
-    agreeing = metrics.ratio(frequency @ whole**2, wholes)
-    certain = (parts == 0) | (parts == wholes)
+    residuals = frequency @ (part - share * total) ** 2 * units / max(units - 1, 1)
+    effect = metrics.ratio(residuals, totals * share * (1 - share))
+    agreeing = metrics.ratio(frequency @ total**2, totals)
+    certain = (parts == 0) | (parts == totals)
     return np.maximum(np.nan_to_num(np.where(certain, agreeing, effect), nan=1.0), 1.0)

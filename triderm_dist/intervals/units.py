@@ -11,13 +11,15 @@ from triderm_dist.schema import UNLABELED, DataError
 
 @dataclass(frozen=True)
 class Counts:
-    """Lesions per unit and diagnosis, all (U, C): found (true positives), predicted + positives, positives, and found
-    by this table and the other of a pair."""
+    """Lesions per unit and diagnosis, all (U, C).
 
-    found: np.ndarray
+    total: predicted + positives.  shared_true_positives: of all tables.
+    """
+
+    true_positives: np.ndarray
     total: np.ndarray
     positives: np.ndarray
-    both: np.ndarray
+    shared_true_positives: np.ndarray
 
 
 def count_units(

@@ -26,7 +26,7 @@ class Share:
     """Some of all, such as lesions of a set: shown as `12 of 300 (4.0%)`."""
 
     part: int
-    whole: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def shown(value: Value, spec: str = "") -> str:
             ends = "" if math.isnan(value.value) else f" {interval_text(value, spec)}"
             return part_text(value, "value", spec) + ends
         case Share():
-            percent = f" ({100 * value.part / value.whole:.1f}%)" if value.whole else ""
-            return f"{value.part:,} of {value.whole:,}{percent}"
+            percent = f" ({100 * value.part / value.total:.1f}%)" if value.total else ""
+            return f"{value.part:,} of {value.total:,}{percent}"
         case int():
             return format(value, spec or ",")
         case float():
@@ -225,7 +225,7 @@ def _raw(value: Value, part: str) -> str:
     if isinstance(value, Interval):
         value = getattr(value, part or "value")
     elif isinstance(value, Share):
-        value = value.whole if part else value.part
+        value = value.total if part else value.part
     if isinstance(value, Flag):
         return value.text
     if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -16,7 +16,7 @@ arrays; the section only names tables, figures and sentences. To add one:
         return Section("Duration", tables=[Table("duration", "Duration of each stage", [hours], rows, head="stage")])
 
 Table: rows `Row(name, values, note="", lead=False, group="")` of raw values: numbers, text, `Interval`, `Share(part,
-whole)`, `Flag(text, strong)`, None; the column that matters comes first. Written as report/NAME.csv, too.
+total)`, `Flag(text, strong)`, None; the column that matters comes first. Written as report/NAME.csv, too.
 Figure: `Figure(name, draw, alt, caption, size)`; `draw(figure)` gets an empty matplotlib figure. Colors and widths are
 those of `report.style`. Written as report/NAME.svg and .png, too. Names are unique on the page.
 """
