@@ -35,7 +35,7 @@ from triderm_dist.data.readers.source import READERS
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
-from triderm_dist.engine.warm_start import fill_network
+from triderm_dist.engine.warm_start import transfer_weights
 from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names
@@ -283,9 +283,9 @@ def network(run: Run) -> None:
     source = TrainedNetwork(run.fold("late"), read_info(run.fold("late") / "fold"))
     signature = replace(source.signature, diagnoses=source.signature.diagnoses[::-1])
     other = build_network(settings, signature, build_towers(settings.tower, signature.views))
-    filled = fill_network(other, settings, source)
-    assert {name.partition(".")[0] for name in filled.taken} == {"towers", "views"}
-    assert {name.partition(".")[0] for name in filled.new} == {"heads"}
+    transfer = transfer_weights(other, settings, source)
+    assert {name.partition(".")[0] for name in transfer.taken} == {"towers", "views"}
+    assert {name.partition(".")[0] for name in transfer.new} == {"heads"}
 
 
 @check("stacker")

@@ -16,7 +16,7 @@ from triderm_dist.engine.fold import is_fold_finished, result_hash
 from triderm_dist.engine.network_files import read_info, read_weights
 from triderm_dist.engine.refit import refit
 from triderm_dist.engine.trained_network import TrainedNetwork
-from triderm_dist.engine.warm_start import fill_network, find_networks, tower_weights
+from triderm_dist.engine.warm_start import find_networks, tower_weights, transfer_weights
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.schema import CheckpointError, ConfigError, DataError, Signature
 
@@ -67,37 +67,37 @@ def test_towers_and_shared_parts_are_taken_and_others_are_new(sets, other_run, t
     network, settings = untrained(config, main.signature, model)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     source = find_networks(f"{other_run}/{model}/fold-1", model)[0]
-    filled = fill_network(network, settings, source)
+    transfer = transfer_weights(network, settings, source)
     weights, after = read_weights(source.folder / "weights"), network.state_dict()
-    assert set(filled.taken) | set(filled.new) == set(after)
+    assert set(transfer.taken) | set(transfer.new) == set(after)
     for view in ("clinical", "dermoscopic"):  # the other set has dermoscopic photos only
         for name in network.towers[view].state_dict():
             assert torch.equal(after[f"towers.{view}.{name}"], weights[f"towers.dermoscopic.{name}"]), name
-    for name in filled.new:
+    for name in transfer.new:
         assert torch.equal(after[name], before[name]), name
-    for name in set(filled.taken) - {name for name in after if name.startswith("towers.")}:
+    for name in set(transfer.taken) - {name for name in after if name.startswith("towers.")}:
         assert torch.equal(after[name], weights[name]), name
-    parts = filled.about()
+    parts = transfer.json()
     assert "head" in parts["new"] and "aux_heads" in parts["new"]  # four diagnoses too, but others
     assert parts["taken"]["views"] == 5  # of the dermoscopic view
     if model == "tri":
         assert {"fusion", "pooling"} <= set(parts["new"]) | set(parts["taken"])
-        assert "semantic.null" in filled.taken and "semantic.concepts.name" in filled.new
-        assert not any(name.startswith("semantic.age") for name in filled.taken)  # of another range
+        assert "semantic.null" in transfer.taken and "semantic.concepts.name" in transfer.new
+        assert not any(name.startswith("semantic.age") for name in transfer.taken)  # of another range
     else:
         assert {"table", "fusion"} <= set(parts["new"])
-    assert "towers.clinical" in filled.describe() and "new" in filled.describe()
+    assert "towers.clinical" in transfer.describe() and "new" in transfer.describe()
 
 
 def test_all_is_taken_of_a_network_of_the_same_task(sets, other_run, tmp_path):
     config = experiment(sets[1], tmp_path)
     network, settings = untrained(config, sets[1].signature, "cnn")
     source = find_networks(f"{other_run}/cnn/fold-0/weights.safetensors", "cnn")[0]
-    filled = fill_network(network, settings, source)
-    assert not filled.new and not filled.left
+    transfer = transfer_weights(network, settings, source)
+    assert not transfer.new and not transfer.left
     swapped = replace(sets[1].signature, diagnoses=sets[1].signature.diagnoses[::-1])
     network, settings = untrained(config, swapped, "cnn")
-    assert {name.split(".")[0] for name in fill_network(network, settings, source).new} == {"head", "aux_heads"}
+    assert {name.split(".")[0] for name in transfer_weights(network, settings, source).new} == {"head", "aux_heads"}
 
 
 def test_a_network_that_nothing_fits_is_refused(sets, other_run, tmp_path):
@@ -106,7 +106,7 @@ def test_a_network_that_nothing_fits_is_refused(sets, other_run, tmp_path):
     )
     network, settings = untrained(config, sets[0].signature, "cnn")
     with pytest.raises(CheckpointError, match="nothing in it fits"):
-        fill_network(network, settings, find_networks(f"{other_run}/cnn/fold-0", "cnn")[0])
+        transfer_weights(network, settings, find_networks(f"{other_run}/cnn/fold-0", "cnn")[0])
 
 
 def test_training_starts_from_another_set_and_says_so(sets, other_run, tmp_path, capsys):

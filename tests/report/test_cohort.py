@@ -18,7 +18,7 @@ def test_counts_shares_quartiles_and_missing_values():
     every = Cohort("all", np.array([0, 1, 1, UNLABELED]), groups, metadata, concepts, photos)
     test = Cohort("test", None, groups[:1], metadata[:1], concepts[:1], None, {"Nävus": 1})
     rows = {
-        (row.about, row.value): row.cells for row in characteristics(CLINIC, [every, every.take("x", [2, 3]), test])
+        (row.title, row.value): row.cells for row in characteristics(CLINIC, [every, every.take("x", [2, 3]), test])
     }
     assert rows["lesions", ""] == (4, 2, 1)
     assert rows["groups (patient)", ""] == (3, 2, 1)
@@ -36,7 +36,7 @@ def test_counts_shares_quartiles_and_missing_values():
 
 def test_diagnoses_of_a_test_set_without_labels_are_not_known():
     lesions = Cohort("test", None, np.array(["a"]), np.zeros((1, 3)), np.zeros((1, 0)))
-    rows = {(row.about, row.value): row.cells for row in characteristics(CLINIC, [lesions])}
+    rows = {(row.title, row.value): row.cells for row in characteristics(CLINIC, [lesions])}
     assert rows["diagnosis", "Nävus"] == (None,)
     assert not any(about == "missing" for about, _ in rows)
 

@@ -54,7 +54,7 @@ class ExtraSet:
         """The rows (n,) of the lesions that join."""
         return np.flatnonzero(self.labels != UNLABELED)
 
-    def about(self) -> dict[str, object]:
+    def json(self) -> dict[str, object]:
         """Return what fold.json records of the set."""
         names = {"task": self.name, "fingerprint": self.index.fingerprint}
         return {**names, "lesions": len(self.rows), "weight": self.weight}

@@ -47,7 +47,7 @@ from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.model_inputs import ModelInputs, mean_tokens, open_training_inputs
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_train_settings
-from triderm_dist.engine.warm_start import fill_network
+from triderm_dist.engine.warm_start import transfer_weights
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions, predictions_writer
 from triderm_dist.runtime.redact import redact_tree
@@ -275,9 +275,9 @@ class FoldRun:
         if start := self.model_inputs.start:
             # Frozen blocks that are cached are the same for all folds.
             predicted = np.flatnonzero(self.assignment >= 0) if self.model_inputs.frozen else self.validation_rows
-            filled = fill_network(network, self.model, start.choose(predicted))
-            accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
-            about = {**filled.about(), "networks": [each.weights for each in start.networks]}
+            transfer = transfer_weights(network, self.model, start.choose(predicted))
+            accelerator.print(wrapped(f"{self.title}: {transfer.describe()}"), flush=True)
+            about = {**transfer.json(), "networks": [each.weights for each in start.networks]}
         add_trained_parts(network, self.model, self.index.task)
         return network.to(accelerator.device), about
 
@@ -353,7 +353,7 @@ class FoldRun:
             tower=self.model_inputs.tower.name,
             photos={"canvas": self.index.canvas, "short_side": self.index.short_side},
             changes=outcome.changes,
-            **({"extra": [each.about() for each in self.model_inputs.extra]} if self.model_inputs.extra else {}),
+            **({"extra": [each.json() for each in self.model_inputs.extra]} if self.model_inputs.extra else {}),
             **({"init": outcome.init} if outcome.init else {}),
             **({"extra_towers": list(self.model_inputs.extra_towers)} if self.model_inputs.extra_towers else {}),
             **self.extra_info,

@@ -20,7 +20,7 @@ from triderm_dist.engine.network_files import read_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fitting_tower, tower_weights
 from triderm_dist.models import network_class
-from triderm_dist.models.joined_tower import JoinedTower, Part, about_logits, build_logits
+from triderm_dist.models.joined_tower import JoinedTower, Part, build_logits, describe_logits
 from triderm_dist.models.network import SHARED
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.models.towers import Tower, tower_hash
@@ -111,7 +111,7 @@ def _part(extra: ExtraTower, network: TrainedNetwork, main: TowerRecord) -> Part
     logits = described = None
     if extra.config.logits:
         task = recorded_task(network.info, str(network.folder / "fold.json"))
-        described = about_logits(network.config, task.to_mapping(), network.info["concepts"])
+        described = describe_logits(network.config, task.to_mapping(), network.info["concepts"])
         try:
             logits = build_logits(described, tower.width)
         except ConfigError as error:

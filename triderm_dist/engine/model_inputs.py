@@ -28,7 +28,7 @@ from triderm_dist.engine.extra_towers import ExtraTower, join_towers, open_extra
 from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
 from triderm_dist.engine.token_extraction import PLAIN, TokenExtractor, augmented_versions
 from triderm_dist.engine.trained_network import TrainedNetwork
-from triderm_dist.engine.warm_start import fill_network, fill_tower
+from triderm_dist.engine.warm_start import transfer_tower, transfer_weights
 from triderm_dist.models import build_network, build_towers, network_class
 from triderm_dist.models.joined_tower import JoinedTower, ViewLogits
 from triderm_dist.models.network import SHARED
@@ -380,7 +380,7 @@ def open_tower(
     its source is missing, the tower that the run recorded for these settings is used.
     pretrained: load the weights of a tower that trains too, to check that they exist.
     start: the network whose weights a frozen tower gets.
-    Raises as `build_towers`, `load_tower` and `fill_tower`.
+    Raises as `build_towers`, `load_tower` and `transfer_tower`.
     """
     frozen = model.tower.frozen
     if recorded:
@@ -397,7 +397,7 @@ def open_tower(
             print(f"note: {error}; the encoder of {experiment.folder / FOLDER} is used", flush=True)
         return open_tower(experiment, model, kept)
     if frozen and start:
-        fill_tower(tower, start)
+        transfer_tower(tower, start)
     return TowerRecord.of(tower, model.tower, tower_hash(tower) if frozen else None), tower if frozen else None
 
 
@@ -411,7 +411,7 @@ def _frozen_blocks(
     torch.manual_seed(experiment.seed_of_tokens)  # random weights are the same in every process
     network = build_network(model, index.signature, build_towers(model.tower, index.signature.views))
     if start:
-        fill_network(network, model, start)
+        transfer_weights(network, model, start)
     network.skip_frozen()
     towers: dict[str, Tower] = dict(network.towers.items())  # type: ignore[arg-type]
     return {key: (tower, network.used_views if key == SHARED else (key,)) for key, tower in towers.items()}

@@ -116,10 +116,10 @@ def _identity(
 
 
 @dataclass(frozen=True)
-class Filled:
+class Transfer:
     """Names of parameters and buffers. taken: loaded from `source`.  new: initialized.  left: of `source` only.
 
-    frozen_tower: a frozen tower, which is not part of the network, has the weights of `source` too (`fill_tower`).
+    frozen_tower: a frozen tower, which is not part of the network, has the weights of `source` too (`transfer_tower`).
     """
 
     source: TrainedNetwork
@@ -137,7 +137,7 @@ class Filled:
                 text += f"; {', '.join(_parts(names))} {what}"
         return text
 
-    def about(self) -> dict[str, Any]:
+    def json(self) -> dict[str, Any]:
         """What fold.json records."""
         return {
             "run": str(self.source.run), "network": self.source.name, "sha256": self.source.weights,
@@ -160,7 +160,7 @@ def tower_weights(network: TrainedNetwork, weights: Weights) -> dict[str, Weight
     return found
 
 
-def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) -> Filled:
+def transfer_weights(network: Network, config: ModelConfig, source: TrainedNetwork) -> Transfer:
     """Load the weights of another network that fit into this one. config: settings of this network.
 
     Raises CheckpointError if nothing fits, or if the other network's files are damaged.
@@ -188,14 +188,14 @@ def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) 
     new = tuple(name for name in own if name not in taken)
     frozen = config.tower.frozen
     left = tuple(name for name in weights if name not in used and not (frozen and name.startswith("towers.")))
-    filled = Filled(source, tuple(taken), new, left, frozen)
+    transfer = Transfer(source, tuple(taken), new, left, frozen)
     if not taken and not frozen:
-        raise CheckpointError(f"{source.folder}: nothing in it fits this network ({filled.describe()}); remove init")
+        raise CheckpointError(f"{source.folder}: nothing in it fits this network ({transfer.describe()}); remove init")
     network.load_state_dict(taken, strict=False)
-    return filled
+    return transfer
 
 
-def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
+def transfer_tower(tower: Tower, source: TrainedNetwork) -> None:
     """Load the weights of another network's tower into a tower that stays frozen.
 
     Raises CheckpointError if none fits completely.

@@ -59,14 +59,15 @@ class ViewLogits(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """One of the towers of a joined one. record: its `TowerRecord`, as JSON values.  about: the description from which
-    `build_logits` builds `logits`.
+    """One of the towers of a joined one.
+
+    record: its `TowerRecord`, as JSON values.  logits_json: the description from which `build_logits` builds `logits`.
     """
 
     tower: Tower
     record: Mapping[str, Any]
     logits: ViewLogits | None = None
-    about: Mapping[str, Any] | None = None
+    logits_json: Mapping[str, Any] | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -82,7 +83,7 @@ class Part:
     def logits_hash(self) -> str:
         """Hash of everything that the log-probabilities depend on, except for the tower."""
         assert self.logits
-        return module_hash(self.logits, self.about)
+        return module_hash(self.logits, self.logits_json)
 
 
 class JoinedTower(Tower):
@@ -101,7 +102,7 @@ class JoinedTower(Tower):
             width=self._shape.width, num_tokens=1, image_size=first.image_size, mean=first.mean, std=first.std,
             architecture=" | ".join(part.tower.architecture for part in parts),
             description={
-                PARTS: [{"tower": part.record, "widths": part.widths, "logits": part.about} for part in parts]
+                PARTS: [{"tower": part.record, "widths": part.widths, "logits": part.logits_json} for part in parts]
             },
             report=report,
         )  # fmt: skip
@@ -141,19 +142,19 @@ class JoinedTower(Tower):
         return torch.cat(columns, 2)
 
 
-def about_logits(config: ModelConfig, task: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
+def describe_logits(config: ModelConfig, task: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
     """Return the description, for JSON, from which `build_logits` builds the auxiliary heads of a trained network."""
     model = config.model_dump(mode="json", exclude=set(NOT_OF_NETWORK))
     return {"model": model, "task": dict(task), "concepts": list(concepts)}
 
 
-def build_logits(about: Mapping[str, Any], width: int) -> ViewLogits:
-    """Build the auxiliary heads that `about_logits` describes, with random weights. width: of the tower's tokens.
+def build_logits(description: Mapping[str, Any], width: int) -> ViewLogits:
+    """Build the auxiliary heads that `describe_logits` describes, with random weights. width: of the tower's tokens.
 
     Raises ConfigError for a network of a missing plugin, and for one without views, or that does not read mean tokens.
     """
-    config = build(ModelConfig, about["model"])
-    signature = recorded_task(about, "extra_towers").signature(about["concepts"])
+    config = build(ModelConfig, description["model"])
+    signature = recorded_task(description, "extra_towers").signature(description["concepts"])
     network = build_network(config, signature, TokenShape(1, width))
     if not network.reads_mean_tokens or not network.used_views:
         raise ConfigError(f"logits: a network of kind {config.kind} does not classify the mean tokens of a photo")

@@ -133,8 +133,9 @@ class TowerRecord:
     def _build_joined(self) -> JoinedTower:
         parts = []
         for each in self.parts:
-            own, about = TowerRecord.from_json(each["tower"]), each["logits"]
-            parts.append(Part(own.build(), each["tower"], build_logits(about, own.width) if about else None, about))
+            record, described = TowerRecord.from_json(each["tower"]), each["logits"]
+            logits = build_logits(described, record.width) if described else None
+            parts.append(Part(record.build(), each["tower"], logits, described))
         return JoinedTower(parts)
 
     def json(self) -> dict[str, Any]:

@@ -51,9 +51,9 @@ Cell = int | Share | Interval | None
 
 @dataclass(frozen=True)
 class CohortRow:
-    """A row of Table 1: what it is about (such as a field), the value that it counts, and a cell for each column."""
+    """A row of Table 1: its title (such as that of a field), the value that it counts, and a cell for each column."""
 
-    about: str
+    title: str
     value: str
     cells: tuple[Cell, ...]
 
@@ -103,18 +103,18 @@ def _of_diagnosis(cohort: Cohort, number: int, name: str) -> Cell:
     return None
 
 
-def _field_rows(field: MetadataField, about: str, values: Sequence[np.ndarray]) -> Iterator[CohortRow]:
-    """Yield the rows of a metadata field. about: its title.  values: (N,) of each cohort, NaN where missing."""
+def _field_rows(field: MetadataField, title: str, values: Sequence[np.ndarray]) -> Iterator[CohortRow]:
+    """Yield the rows of a metadata field. title: of the field.  values: (N,) of each cohort, NaN where missing."""
     if field.is_number:
-        yield CohortRow(about, "median (quartiles)", tuple(_quartiles(each) for each in values))
+        yield CohortRow(title, "median (quartiles)", tuple(_quartiles(each) for each in values))
     else:
         for index, category in enumerate(field.categories):
             cells = tuple(Share(int((each == index).sum()), len(each)) for each in values)
             if any(cell.part for cell in cells):
-                yield CohortRow(about, category.replace("_", " "), cells)
+                yield CohortRow(title, category.replace("_", " "), cells)
     cells = tuple(Share(int(np.isnan(each).sum()), len(each)) for each in values)
     if any(cell.part for cell in cells):
-        yield CohortRow(about, "missing", cells)
+        yield CohortRow(title, "missing", cells)
 
 
 def _quartiles(values: np.ndarray) -> Interval:

@@ -308,7 +308,7 @@ def _write(columns: ParquetColumns, folder: Path) -> None:
                     ends.write(text.bytes + np.cumsum(lengths))
                     text.write(content)
         shapes: dict[str, Sequence[int]] = {f"{column.name}.bin": column.shape(columns.rows) for column, _ in arrays}
-        about = {name: {**file.about(), "shape": shapes.get(name, file.shape())} for name, file in files.items()}
+        about = {name: {**file.json(), "shape": shapes.get(name, file.shape())} for name, file in files.items()}
         write_checked_json(part / MANIFEST, {"version": _VERSION, "set": source, "rows": columns.rows, "files": about})
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         part.rename(folder)
@@ -335,7 +335,7 @@ class _Writer:
     def shape(self) -> Sequence[int]:
         return (self.bytes // self._dtype.itemsize,)
 
-    def about(self) -> Mapping[str, Any]:
+    def json(self) -> Mapping[str, Any]:
         return {"dtype": self._dtype.str, "sha256": self._digest.hexdigest()}
 
 

@@ -12,8 +12,8 @@ def cohort(content: Content) -> Section:
     cohorts = content.cohorts
     columns = [Column(each.name.replace(" ", "_"), each.name, ",.7g") for each in cohorts]
     found = characteristics(content.task, cohorts)
-    headings = {row.about for row in found if row.value}
-    rows = [Row(row.value or row.about, row.cells, group=row.about if row.about in headings else "") for row in found]
+    headings = {row.title for row in found if row.value}
+    rows = [Row(row.value or row.title, row.cells, group=row.title if row.title in headings else "") for row in found]
     tables = [Table("cohort", "Characteristics of the lesions", columns, rows, "characteristic")]
     steps = [
         Row(
