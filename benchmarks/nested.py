@@ -11,7 +11,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.nested_stack import inner_folds
 from triderm_dist.ensemble.run_files import CHOSEN
-from triderm_dist.ensemble.weights import Fitting, nested_estimate
+from triderm_dist.ensemble.weights import FitOptions, nested_estimate
 from triderm_dist.intervals import Interval
 from triderm_dist.predictions import OofTable
 
@@ -23,7 +23,7 @@ def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experim
         table.labels,
         table.folds,
         lambda fold: inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),
-        Fitting(config.ensemble, config.seed, table.task.decision),
+        FitOptions(config.ensemble, config.seed, table.task.decision),
     )
     return estimate.decisions[CHOSEN]
 

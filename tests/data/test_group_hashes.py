@@ -105,7 +105,7 @@ def test_folds_do_not_depend_on_the_salt(source, packed, tmp_path):
 def test_set_without_its_file_of_groups_is_not_packed_under_another_salt(source, packed, tmp_path):
     pack(source, tmp_path / "set")
     groups_file(tmp_path / "set").unlink()
-    with pytest.raises(DataError, match=r"set\.groups\.csv: no such file, .* bring it back, or delete"):
+    with pytest.raises(DataError, match=r"set\.groups\.csv: no such file, .* restore it, or delete"):
         pack(source, tmp_path / "set")
     assert not groups_file(tmp_path / "set").exists()
     with pytest.raises(DataError, match=r"set\.groups\.csv: no such file|not readable"):

@@ -11,7 +11,7 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.synthetic import write_synthetic
-from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
+from triderm_dist.doctor.data import RequiredSpeed, _required_speed, reading_finding, reading_speed
 from triderm_dist.doctor.findings import GIB
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.monitoring.flops import training_flops
@@ -72,7 +72,7 @@ def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tm
     shard.write_bytes(bytes(shard.stat().st_size))
     assert finding(experiment, "reading").state == "error" and "decode" in finding(experiment, "reading").text
 
-    need = Need("a", 900.0, "assumed")
+    need = RequiredSpeed("a", 900.0, "assumed")
     assert reading_finding(1000, 2, need, ranks=1, cores=8).state == "ok"
     slow = reading_finding(300, 2, need, ranks=1, cores=8)
     assert slow.state == "warning" and slow.advice == "data.workers=6"
@@ -85,14 +85,14 @@ def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tm
 def test_required_reading_speed_follows_from_counted_flops():
     experiment = load(Experiment, None, [*SMALL, "models.a.tower.image_size=64"])
     gpu = Gpu("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
-    need = _need(experiment, SIGNATURE, "a", [gpu])
+    need = _required_speed(experiment, SIGNATURE, "a", [gpu])
     flops = training_flops(network_without_weights(experiment.models["a"], SIGNATURE)[0])
     # Fusion takes most of the FLOPs with this small tower, hence the MFU of a transformer.
     assert need.lesions_per_s == pytest.approx(0.3 * 989e12 / flops)
     assert "an assumed MFU of 30% of 989 TFLOP/s" in need.source
     convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]
-    assert "MFU of 2%" in _need(load(Experiment, None, convolutions), SIGNATURE, "a", [gpu]).source
-    assert _need(experiment, SIGNATURE, "a", []) is None
+    assert "MFU of 2%" in _required_speed(load(Experiment, None, convolutions), SIGNATURE, "a", [gpu]).source
+    assert _required_speed(experiment, SIGNATURE, "a", []) is None
 
 
 def test_extra_sets_are_matched(tmp_path):

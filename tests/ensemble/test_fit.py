@@ -14,7 +14,7 @@ from triderm_dist import metrics, submission
 from triderm_dist.checksums import read_checked_json, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import calibration, predict
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact
-from triderm_dist.ensemble.fit import Fit, fit_ensemble
+from triderm_dist.ensemble.fit import FitResult, fit_ensemble
 from triderm_dist.ensemble.predict import FittedEnsemble, score, write_test_results
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import check_refit
@@ -140,7 +140,7 @@ def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> N
     assert (submissions[0][~inside] != submissions[1][~inside]).any()
 
 
-def assert_choice_is_told(folder: Path, fit: Fit) -> None:
+def assert_choice_is_told(folder: Path, fit: FitResult) -> None:
     """Compare the note on what predicts with the comparisons in ensemble.json."""
     choice = read_artifact(folder / "ensemble.json", schema=FitKeys)["choice"]
     assert choice["used"] == fit.chosen
@@ -245,14 +245,14 @@ def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module", params=["argmax", "fitted", "threshold"])
-def clinic(request, tmp_path_factory) -> tuple[Path, Fit]:
+def clinic(request, tmp_path_factory) -> tuple[Path, FitResult]:
     """A fitted run of a task with four diagnoses, one view, no concepts, under each decision."""
     folder = tmp_path_factory.mktemp(request.param)
     write_run(folder, 250, task=replace(CLINIC, decision=request.param))
     return folder, fit_ensemble(folder, experiment(folder))
 
 
-def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
+def test_run_of_any_task_end_to_end(clinic: tuple[Path, FitResult]) -> None:
     folder, fit = clinic
     nested, table = read_nested(folder / "ensemble_oof.parquet"), read_oof(folder / "oof.parquet")
     assert fit.decision == table.task.decision
@@ -299,7 +299,7 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
 
 
 def test_results_do_not_depend_on_how_many_lesions_are_predicted_at_once(
-    clinic: tuple[Path, Fit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clinic: tuple[Path, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = clinic
     files = sorted(folder.glob("*/fold-*/test.parquet"))
@@ -321,7 +321,7 @@ def test_results_do_not_depend_on_how_many_lesions_are_predicted_at_once(
     assert results("reversed") == at_once and read[-1] == 150
 
 
-def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fit], tmp_path: Path) -> None:
+def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, FitResult], tmp_path: Path) -> None:
     folder, fit = clinic
     tests = average_test(read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet")))
     for name in ("ensemble.json", "stack.json"):

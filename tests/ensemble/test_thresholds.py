@@ -23,7 +23,7 @@ from triderm_dist.ensemble.thresholds import (
     regularized_thresholds,
     thresholdings,
 )
-from triderm_dist.ensemble.weights import Fitting, fit_candidates
+from triderm_dist.ensemble.weights import FitOptions, fit_candidates
 from triderm_dist.schema import DIAGNOSES
 
 C = len(DIAGNOSES)
@@ -153,7 +153,7 @@ def test_logit_adjustment_is_chosen_for_a_biased_prior() -> None:
     prior = calibration.class_prior(labels, C)
     logits = 3.0 * np.eye(C)[labels] + generator.normal(size=(len(labels), C)) + 1.0 * np.log(prior)
     table = calibration.probabilities_of(logits, "softmax")
-    candidates = fit_candidates({"m": table}, labels, np.arange(len(labels)) % 5, Fitting(QUICK))
+    candidates = fit_candidates({"m": table}, labels, np.arange(len(labels)) % 5, FitOptions(QUICK))
     fitted = candidates["m"].ensemble
     assert fitted.rule == "nearest" and fitted.tau is not None and fitted.shrinkage is None
 
@@ -170,7 +170,7 @@ def test_thresholdings_of_a_decision() -> None:
 def test_decisions_for_one_diagnosis_per_lesion(decision: str) -> None:
     labels = labels_of(300)
     tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.0]))}
-    for candidate in fit_candidates(tables, labels, np.arange(300) % 3, Fitting(QUICK, decision=decision)).values():
+    for candidate in fit_candidates(tables, labels, np.arange(300) % 3, FitOptions(QUICK, decision=decision)).values():
         decided = candidate.ensemble.decide(list(tables.values()))
         assert (decided.sum(axis=1) == 1).all()
         if decision == "argmax":
@@ -184,9 +184,9 @@ def test_a_large_set_is_searched_on_a_sample_and_its_thresholds_fitted_on_all_le
     labels = labels_of(3000)
     members = dict(zip("ab", members_of(labels, [1.0, 2.0]), strict=True))
     parts = np.arange(len(labels)) % 5
-    whole = fit_candidates(members, labels, parts, Fitting(QUICK))
+    whole = fit_candidates(members, labels, parts, FitOptions(QUICK))
     monkeypatch.setattr(sampling, "SEARCH_LESIONS", 600)
-    sampled = fit_candidates(members, labels, parts, Fitting(QUICK))
+    sampled = fit_candidates(members, labels, parts, FitOptions(QUICK))
     for name, candidate in sampled.items():
         counts = np.bincount(labels[candidate.rows], minlength=C)
         np.testing.assert_array_equal(counts, np.ceil(np.bincount(labels, minlength=C) / 5))

@@ -10,7 +10,7 @@ from triderm_dist.ensemble.run_files import CHOSEN
 from triderm_dist.ensemble.thresholds import best_thresholds
 from triderm_dist.ensemble.weights import (
     ArgmaxObjective,
-    Fitting,
+    FitOptions,
     MacroF1Objective,
     NestedEstimate,
     best_network,
@@ -49,10 +49,10 @@ def test_candidates_have_a_weighting_of_each_member_the_mean_and_fitted_weights(
     labels = labels_of(400)
     parts = folds_of(labels)
     tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.5]))}
-    candidates = fit_candidates(tables, labels, parts, Fitting(QUICK))
+    candidates = fit_candidates(tables, labels, parts, FitOptions(QUICK))
     assert set(candidates) == {"m0", "m1", "mean", "fitted"}
     assert candidates["mean"].decisions.shape == (400, C) and candidates["mean"].decisions.dtype == bool
-    one = fit_candidates({"m0": tables["m0"]}, labels, parts, Fitting(QUICK))
+    one = fit_candidates({"m0": tables["m0"]}, labels, parts, FitOptions(QUICK))
     assert list(one) == ["m0"]
 
 
@@ -62,8 +62,8 @@ def test_seeds_of_a_model_share_its_weight() -> None:
     parts = folds_of(labels)
     a, a1, b, stack = members_of(labels, [1.5, 1.5, 1.0, 2.0])
     seeds = [("a", "a-s1")]
-    each = fit_candidates({"a": a, "a-s1": a1, "b": b, "stack": stack}, labels, parts, Fitting(QUICK, seeds=seeds))
-    by_model = fit_candidates({"a": (a + a1) / 2, "b": b, "stack": stack}, labels, parts, Fitting(QUICK))
+    each = fit_candidates({"a": a, "a-s1": a1, "b": b, "stack": stack}, labels, parts, FitOptions(QUICK, seeds=seeds))
+    by_model = fit_candidates({"a": (a + a1) / 2, "b": b, "stack": stack}, labels, parts, FitOptions(QUICK))
     assert set(each) == {"a", "a-s1", "a-seeds", "b", "stack", "mean", "fitted"}
     np.testing.assert_allclose(each["a-seeds"].ensemble.weights, [1 / 2, 1 / 2, 0, 0])
     np.testing.assert_array_equal(each["a-seeds"].decisions, by_model["a"].decisions)
@@ -100,7 +100,7 @@ def test_a_network_predicts_alone_unless_the_ensemble_beats_it(skills: list[floa
     folds, tables = folds_of(labels), {f"m{i}": table for i, table in enumerate(members_of(labels, skills))}
     config = QUICK.model_copy(update={"use": use})
     nested = nested_estimate(
-        lambda fold: tables, labels, folds, lambda fold: folds, Fitting(config), groups=np.arange(330)
+        lambda fold: tables, labels, folds, lambda fold: folds, FitOptions(config), groups=np.arange(330)
     )
     choice = nested.choice
     assert choice is not None and choice.over_stacker is None
@@ -122,7 +122,7 @@ def test_best_of_many_networks_is_chosen_on_the_other_folds() -> None:
     for table in tables.values():  # nearly equal: no ensemble is better
         table[:] = 0.9 * tables["m0"] + 0.1 * table
     config = QUICK.model_copy(update={"use": "auto"})
-    nested = nested_estimate(lambda fold: tables, labels, folds, lambda fold: folds, Fitting(config))
+    nested = nested_estimate(lambda fold: tables, labels, folds, lambda fold: folds, FitOptions(config))
     assert nested.choice is not None and nested.choice.used == nested.choice.network
     assert metrics.macro_f1(nested.decisions[CHOSEN], labels) <= nested.choice.scores[nested.choice.network]
     assert set(nested.picks.values()) <= set(tables) and len(set(nested.picks.values())) > 1
@@ -135,7 +135,7 @@ def test_labels_of_a_fold_do_not_affect_its_decisions() -> None:
 
     def nested(labels: np.ndarray) -> NestedEstimate:
         config = QUICK.model_copy(update={"use": "ensemble"})  # auto decides on all lesions between two of these
-        return nested_estimate(lambda fold: tables, labels, folds, lambda fold: folds, Fitting(config))
+        return nested_estimate(lambda fold: tables, labels, folds, lambda fold: folds, FitOptions(config))
 
     poisoned = labels.copy()
     poisoned[folds == 1] = np.roll(poisoned[folds == 1], 1)
@@ -154,7 +154,7 @@ def test_nested_estimate_of_noise_is_at_chance() -> None:
     for seed in range(20):
         shuffled = np.random.default_rng(seed).permutation(labels)
         chance.append(metrics.macro_f1(fitted.decide(list(tables.values())), shuffled))
-    nested = nested_estimate(lambda fold: tables, labels, folds, lambda fold: folds, Fitting(QUICK))
+    nested = nested_estimate(lambda fold: tables, labels, folds, lambda fold: folds, FitOptions(QUICK))
     honest = metrics.macro_f1(nested.decisions[CHOSEN], labels)
     assert metrics.macro_f1(fitted.decide(list(tables.values())), labels) > np.mean(chance) + 0.04
     assert honest < np.mean(chance) + 0.02
@@ -167,8 +167,8 @@ def test_weights_under_argmax_are_fitted_for_argmax_macro_f1() -> None:
     weights = np.array([0.5, 0.3, 0.2])
     mixed = np.tensordot(weights, np.stack(list(tables.values())), axes=1)
     assert objective(objective.mix(weights)) == pytest.approx(metrics.argmax_macro_f1(mixed, labels), abs=0.01)
-    fitted = fit_candidates(tables, labels, folds_of(labels), Fitting(QUICK, decision="argmax"))["fitted"].ensemble
+    fitted = fit_candidates(tables, labels, folds_of(labels), FitOptions(QUICK, decision="argmax"))["fitted"].ensemble
     reached = metrics.argmax_macro_f1(fitted.combine(list(tables.values())), labels)
     assert reached >= max(metrics.argmax_macro_f1(table, labels) for table in tables.values())
-    by_thresholds = fit_candidates(tables, labels, folds_of(labels), Fitting(QUICK))["fitted"].ensemble
+    by_thresholds = fit_candidates(tables, labels, folds_of(labels), FitOptions(QUICK))["fitted"].ensemble
     assert reached > metrics.argmax_macro_f1(by_thresholds.combine(list(tables.values())), labels)

@@ -177,7 +177,7 @@ def _write_hashes(
             return None, [f"{output} holds group ids as they are; delete its index and make it again for hashes"]
         if is_hashed and not file.exists():
             raise DataError(
-                f"{file}: no such file, and the groups of {output} are hashes under its salt; bring it back, or delete "
+                f"{file}: no such file, and the groups of {output} are hashes under its salt; restore it, or delete "
                 "that folder and pack again"
             )
     names = Text(pa.chunked_array([groups.dictionary]))

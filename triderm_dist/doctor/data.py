@@ -131,7 +131,7 @@ def _folder(title: str, folder: str, task_name: str | None, data: DataConfig, la
 
 
 @dataclass(frozen=True)
-class Need:
+class RequiredSpeed:
     """Lesions/s that one rank's GPU trains on, and how that was estimated."""
 
     model: str
@@ -150,8 +150,8 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
         return Finding("reading", f"not measured without {error.name}")
     if all(model.tower.cached for model in experiment.models.values()):
         return Finding("reading", f"{speed:,.0f} lesions/s; each photo is read once, then the cache of the towers")
-    needs = [need for name in experiment.models if (need := _need(experiment, index.signature, name, gpus))]
-    largest = max(needs, key=lambda need: need.lesions_per_s, default=None)
+    speeds = [each for name in experiment.models if (each := _required_speed(experiment, index.signature, name, gpus))]
+    largest = max(speeds, key=lambda each: each.lesions_per_s, default=None)
     return reading_finding(speed, experiment.data.workers, largest, max(1, min(ranks, len(gpus))), available_cores())
 
 
@@ -183,27 +183,29 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     return done / elapsed
 
 
-def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, cores: int) -> Finding:
+def reading_finding(speed: float, workers: int, required: RequiredSpeed | None, ranks: int, cores: int) -> Finding:
     """Compare a reading speed (lesions/s of one rank's workers) with the needs of `ranks` GPUs on so many cores."""
     text = f"{speed:,.0f} lesions/s read and decoded by {workers} thread(s) (data.workers)"
-    if need is None:
+    if required is None:
         return Finding("reading", text)
     per_core, own = speed / min(workers, cores), cores / ranks
     shared = per_core * min(workers, own)
     if shared < speed:
         text += f", about {shared:,.0f} for each of {ranks} ranks on {cores} cores"
-    text += f"; {need.model} takes {need.lesions_per_s:,.0f} on each GPU ({need.source})"
-    if shared >= need.lesions_per_s:
+    text += f"; {required.model} takes {required.lesions_per_s:,.0f} on each GPU ({required.source})"
+    if shared >= required.lesions_per_s:
         return Finding("reading", text)
-    wanted = math.ceil(need.lesions_per_s / per_core)
+    wanted = math.ceil(required.lesions_per_s / per_core)
     if wanted <= own:
         return Finding("reading", f"{text}: the GPU will wait for data", "warning", f"data.workers={wanted}")
     advice = f"{wanted} cores per GPU and data.workers={wanted}, or photos packed with a smaller data.short_side"
     return Finding("reading", f"{text}: the GPU will wait for data", "warning", advice)
 
 
-def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequence[Gpu]) -> Need | None:
-    """Estimate the need of a model; None if it reads a cache, and where no peak FLOP/s is known."""
+def _required_speed(
+    experiment: Experiment, signature: Signature, name: str, gpus: Sequence[Gpu]
+) -> RequiredSpeed | None:
+    """Estimate the speed that a model requires; None if it reads a cache, and where no peak FLOP/s is known."""
     model = experiment.models[name]
     if model.tower.cached or try_import("torch") is None or try_import("timm") is None:
         return None
@@ -221,4 +223,4 @@ def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequenc
         return None
     flops, mfu = training_flops(network), assumed_mfu(network)
     source = f"{flops / 1e9:,.1f} GFLOP per lesion, at an assumed MFU of {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
-    return Need(name, mfu * peak / flops, source)
+    return RequiredSpeed(name, mfu * peak / flops, source)

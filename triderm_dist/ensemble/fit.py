@@ -53,7 +53,7 @@ from triderm_dist.ensemble.score_table import TITLES, ScoreRow, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, embedding_tower, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.stacker_process import run_in_child
-from triderm_dist.ensemble.weights import Choice, Fitting, NestedEstimate, fit_candidates, nested_estimate
+from triderm_dist.ensemble.weights import Choice, FitOptions, NestedEstimate, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
 from triderm_dist.files import file_sha256
 from triderm_dist.intervals import MOST_DECIMALS, Interval
@@ -63,7 +63,7 @@ from triderm_dist.submission import Results, write_results
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """The result of `fit_ensemble`, for a program to print.
 
     chosen: the weighting that predicts.  decision: that of the task.  notes: one sentence each.
@@ -76,7 +76,7 @@ class Fit:
     lesions: int
 
 
-def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
+def fit_ensemble(run_folder: Path, config: Experiment) -> FitResult:
     """Fit stacker and ensemble on RUN/oof.parquet, estimate them nested over folds, write the files named above.
 
     Raises ConfigError for a stacker that does not exist, and DataError if the table is unusable: fewer than two
@@ -99,7 +99,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     uncalibrated = {model: member_probabilities(table, model) for model in models}
     if stack:
         members[STACKER] = uncalibrated[STACKER] = stack.out_of_fold
-    candidates = fit_candidates(members, table.labels, table.folds, _fitting(table, models, config))
+    candidates = fit_candidates(members, table.labels, table.folds, _fit_options(table, models, config))
     choice = nested.choice
     chosen = choice.used if choice else next(iter(candidates))
     ensemble = candidates[chosen].ensemble.with_temperatures(temperatures)
@@ -135,7 +135,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         files={path.name: file_sha256(path) for path in files if path.exists()},
         **({"embeddings_of": embedding_tower(run_folder).record} if stacker and stacker.extra == "embeddings" else {}),
     )
-    return Fit(rows, chosen, table.task.decision, notes, len(table))
+    return FitResult(rows, chosen, table.task.decision, notes, len(table))
 
 
 def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ...], list[str]]:
@@ -219,11 +219,13 @@ def _nested_estimate(
     def parts_without(fold: int) -> np.ndarray:
         return inner_folds(labels, table.groups, folds, folds != fold, config.seed)
 
-    return nested_estimate(members_without, labels, folds, parts_without, _fitting(table, models, config), table.groups)
+    return nested_estimate(
+        members_without, labels, folds, parts_without, _fit_options(table, models, config), table.groups
+    )
 
 
-def _fitting(table: OofTable, models: tuple[str, ...], config: Experiment) -> Fitting:
-    return Fitting(
+def _fit_options(table: OofTable, models: tuple[str, ...], config: Experiment) -> FitOptions:
+    return FitOptions(
         config.ensemble, config.seed, table.task.decision, list(seeds_of_models(config.models, models).values())
     )
 

@@ -38,7 +38,7 @@ def fit_weights(
 
 
 @dataclass(frozen=True)
-class Fitting:
+class FitOptions:
     """How candidates are fitted, and what is chosen among.
 
     config: `ensemble` of the settings.  decision: one of `schema.DECISIONS`.  seeds: the members of each model of which
@@ -64,7 +64,7 @@ class Candidate:
 
 
 def fit_candidates(
-    members: Mapping[str, np.ndarray], labels: np.ndarray, parts: np.ndarray, fitting: Fitting
+    members: Mapping[str, np.ndarray], labels: np.ndarray, parts: np.ndarray, options: FitOptions
 ) -> dict[str, Candidate]:
     """Fit one candidate per weighting: each member by its name, the mean of each model's seeds by `mean_of_seeds`, and
     with two members or more `mean` and `fitted`.
@@ -76,30 +76,30 @@ def fit_candidates(
     weights and thresholds are fitted without a part, and judged on it. Both the thresholding and the weights are
     searched on `sampling.search_rows`; then thresholds are fitted on all rows.
     """
-    return _fit_candidates(tuple(members), np.stack(list(members.values())), labels, parts, fitting)
+    return _fit_candidates(tuple(members), np.stack(list(members.values())), labels, parts, options)
 
 
 def _fit_candidates(
-    names: tuple[str, ...], stacked: np.ndarray, labels: np.ndarray, parts: np.ndarray, fitting: Fitting
+    names: tuple[str, ...], stacked: np.ndarray, labels: np.ndarray, parts: np.ndarray, options: FitOptions
 ) -> dict[str, Candidate]:
     """Fit the candidates of `fit_candidates` on probabilities (M, N, C)."""
-    rows = search_rows(labels, fitting.seed)
+    rows = search_rows(labels, options.seed)
     searched, truth, parts = (stacked, labels, parts) if rows.all() else (stacked[:, rows], labels[rows], parts[rows])
     weightings: dict[str, Callable[[np.ndarray], np.ndarray]] = {}  # rows searched on, bool -> (M,) weights fitted on
     for name, weights in zip(names, np.eye(len(names)), strict=True):
         weightings[name] = lambda _, weights=weights: weights  # type: ignore[misc]
     if len(names) > 1:
-        shares = _seed_shares(names, fitting.seeds)
-        for members in fitting.seeds:
+        shares = _seed_shares(names, options.seeds)
+        for members in options.seeds:
             (share,) = (row for row in shares if row[names.index(members[0])])
             weightings[mean_of_seeds(members[0])] = lambda _, share=share: share  # type: ignore[misc]
         models = searched if len(shares) == len(names) else np.stack([weighted_sum(row, searched) for row in shares])
         weightings[MEAN] = lambda _: shares.mean(axis=0)
-        objective = ArgmaxObjective if fitting.decision == "argmax" else MacroF1Objective
+        objective = ArgmaxObjective if options.decision == "argmax" else MacroF1Objective
         weightings[FITTED] = lambda some: (
-            _fit_weights(objective([table[some] for table in models], truth[some]), fitting.config.rounds) @ shares
+            _fit_weights(objective([table[some] for table in models], truth[some]), options.config.rounds) @ shares
         )
-    choices, resamples = thresholdings(fitting.decision, fitting.config), Resamples(fitting.seed)
+    choices, resamples = thresholdings(options.decision, options.config), Resamples(options.seed)
 
     def candidate(weighting: str) -> Candidate:
         fit = weightings[weighting]
@@ -190,7 +190,7 @@ def nested_estimate(
     labels: np.ndarray,
     folds: np.ndarray,
     parts_without: Callable[[int], np.ndarray],
-    fitting: Fitting,
+    options: FitOptions,
     groups: np.ndarray | None = None,
 ) -> NestedEstimate:
     """Fit weights and thresholds, and choose among them, on the other folds of each fold; apply them to the fold.
@@ -213,13 +213,13 @@ def nested_estimate(
         stacked = np.stack([table[outside] for table in members.values()])
         del members
         parts = parts_without(fold)[outside]
-        candidates = _fit_candidates(names, stacked, labels[outside], parts, fitting)
+        candidates = _fit_candidates(names, stacked, labels[outside], parts, options)
         shape = len(labels), stacked.shape[2]
         del stacked
         searched = np.flatnonzero(outside)[next(iter(candidates.values())).rows]
         for weighting, candidate in candidates.items():
             decisions.setdefault(weighting, np.zeros(shape, bool))[inside] = candidate.ensemble.decide(held_out)
-        picks_of_fold = _pick(candidates, labels[searched], None if groups is None else groups[searched], fitting)
+        picks_of_fold = _pick(candidates, labels[searched], None if groups is None else groups[searched], options)
         for name, weighting in picks_of_fold.items():
             picks.setdefault(name, {})[fold] = weighting
             picked.setdefault(name, np.zeros(shape, bool))[inside] = decisions[weighting][inside]
@@ -227,7 +227,7 @@ def nested_estimate(
             probabilities.setdefault(name, np.full(shape, np.nan))[inside] = combined
     choice, given = None, ENSEMBLE
     if len(decisions) > 1:
-        choice, use = _choose(decisions, picked, labels, groups, fitting), fitting.config.use
+        choice, use = _choose(decisions, picked, labels, groups, options), options.config.use
         given = use if use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
     return NestedEstimate({**decisions, CHOSEN: picked[given]}, probabilities[given], picks[given], choice)
 
@@ -237,20 +237,20 @@ _NETWORK = "network"
 
 
 def _pick(
-    candidates: Mapping[str, Candidate], labels: np.ndarray, groups: np.ndarray | None, fitting: Fitting
+    candidates: Mapping[str, Candidate], labels: np.ndarray, groups: np.ndarray | None, options: FitOptions
 ) -> dict[str, str]:
     """Return the weighting of the ensemble, the best network, the automatic choice between these two, and the weighting
     that `config.use` names, each by its name.
 
     labels, groups: (n,), of the rows that the candidates' decisions are on.
     """
-    config = fitting.config
+    config = options.config
     scores = {name: metrics.macro_f1(each.decisions, labels) for name, each in candidates.items()}
     picked = {ENSEMBLE: choose_weighting(scores)}  # of a single member, that member
     if len(candidates) > 1:
-        picked[_NETWORK] = best_network(scores, fitting.seeds)
+        picked[_NETWORK] = best_network(scores, options.seeds)
         first, second = (candidates[name].decisions for name in picked.values())
-        gap = intervals.macro_f1_difference(first, second, labels, groups, config.bootstrap, fitting.seed)
+        gap = intervals.macro_f1_difference(first, second, labels, groups, config.bootstrap, options.seed)
         picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
     if config.use not in (AUTO, ENSEMBLE):
         picked[config.use] = config.use
@@ -262,14 +262,14 @@ def _choose(
     picked: Mapping[str, np.ndarray],
     labels: np.ndarray,
     groups: np.ndarray | None,
-    fitting: Fitting,
+    options: FitOptions,
 ) -> Choice:
     """Choose what predicts by the nested decisions of each weighting, and of what was picked for each fold."""
-    config = fitting.config
+    config = options.config
     scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
-    ensemble, network = choose_weighting(scores), best_network(scores, fitting.seeds)
+    ensemble, network = choose_weighting(scores), best_network(scores, options.seeds)
     over_network, over_stacker = (
-        intervals.macro_f1_difference(picked[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed)
+        intervals.macro_f1_difference(picked[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, options.seed)
         if name in scores
         else None
         for name in (network, STACKER)

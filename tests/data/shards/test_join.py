@@ -243,7 +243,9 @@ def test_full_disk_is_named_by_the_copy(dataset: Dataset, tmp_path: Path, monkey
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(each.bytes for each in index.shards) // 2, hard))
     try:
-        with pytest.raises(DataError, match=r"out\.part/new/[\w.-]+\.tar: File too large; fix that and run it again$"):
+        with pytest.raises(
+            DataError, match=r"out\.part/new/[\w.-]+\.tar: File too large; fix that and rerun the same command$"
+        ):
             join_sets([index], [everything(index)], tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

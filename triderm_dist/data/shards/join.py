@@ -63,7 +63,9 @@ def join_sets(
             _write(sets, list(_tars(sets, keep)), folder, selected, progress)
             folder.rename(output)
     except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}; fix that and run it again") from None
+        raise DataError(
+            f"{error.filename or output}: {error.strerror or error}; fix that and rerun the same command"
+        ) from None
     return read_index(output)
 
 

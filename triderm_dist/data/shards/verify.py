@@ -205,7 +205,7 @@ def _same_group(index: ShardIndex) -> Callable[[str, str], bool]:
         return lambda group, own: foreign or group == own
     hashes = GroupHashes(read_salt(file))
     if hashes.fingerprint != index.group_salt:
-        raise DataError(f"{file}: its salt is not that of {index.folder / INDEX}; bring back the right file")
+        raise DataError(f"{file}: its salt is not that of {index.folder / INDEX}; restore the right file")
     return lambda group, own: own in (group, hashes.of(group))
 
 
