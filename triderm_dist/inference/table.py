@@ -137,16 +137,16 @@ class _Columns(ParsedColumns):
     """
 
     def __init__(self, table: Table, trained: TrainedOn) -> None:
-        super().__init__(table, trained.task)
         self.concepts = trained.concepts
         self.absent: list[str] = []
         """Fields and concepts without a column."""
         self.photos = photo_columns(table.cells, trained.task)
         if not self.photos:
-            names = ", ".join(self.task.view_names)
-            if isinstance(self.task.columns.image, str):
-                names += f", or the task's {self.task.columns.image}"
+            names = ", ".join(trained.task.view_names)
+            if isinstance(trained.task.columns.image, str):
+                names += f", or the task's {trained.task.columns.image}"
             raise DataError(f"{table.path}: no column names the photos; add one per view ({names}) with their paths")
+        super().__init__(table, trained.task)
         self.used |= {*self.photos.values()}
 
     @property
@@ -255,7 +255,6 @@ class _Photos:
 def _join(columns: _Columns, photos: _Photos, trained: TrainedOn) -> PhotoSet:
     """Join the rows of a table to lesions and find their photos; those with a problem are left out."""
     task = columns.task
-    columns.read_ids()
     values = [columns.metadata(number) for number in range(len(task.fields))]
     if columns.row_is_photo:
         rows = columns.rows_by_view(columns.views())

@@ -167,9 +167,9 @@ class LesionBuilder:
         names = image_columns(self.task)
         for at, column in enumerate(names):
             own = repeated[repeated % len(names) == at]
-            rows = (own // len(names)).tolist()
-            earlier = (first_of_photo[photos[own]] // len(names)).tolist()
-            for row, other, cell in zip(rows, earlier, self.columns.cells_of(column, rows), strict=True):
+            rows, earlier = own // len(names), first_of_photo[photos[own]] // len(names)
+            cells = self.columns.cells_of(column, rows)
+            for row, other, cell in zip(rows.tolist(), earlier.tolist(), cells, strict=True):
                 where = f"first in row {self.table.numbers[other]}" if row != other else f"in {' and '.join(names)}"
                 what = f"photo {cell} occurs twice, {where}; remove one"
                 self.columns.add_problem(row, "duplicate photo", what)

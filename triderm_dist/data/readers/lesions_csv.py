@@ -44,7 +44,6 @@ def read_lesions(
         folder = path.parent if path == Path(source) else Path(source)
         mark_missing = missing_view == "mark" and len(task.views) > 1
         columns = ParsedColumns(table, task)
-        columns.read_ids()
         builder = LesionBuilder(columns, PhotoFinder([folder]), mark_missing)
         lesions = builder.build()
     if (problems := columns.problems) and invalid == "refuse":
@@ -61,7 +60,6 @@ def read_labels(path: Path, task: Task) -> dict[str, int]:
     table = read_table(path, task.table).named(task_columns(task))
     table.require([task.columns.lesion_id or image_columns(task)[0], *filter(None, [task.columns.diagnosis])])
     parsed = ParsedColumns(table, task)
-    parsed.read_ids()
     labels: dict[str, int] = {}
     names = parsed.names.tolist()
     found = zip((names[code] for code in parsed.codes.tolist()), parsed.labels().tolist(), strict=True)

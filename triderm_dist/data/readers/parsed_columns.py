@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,24 +25,27 @@ from triderm_dist.schema import UNLABELED, MetadataField, Task
 
 @dataclass
 class ParsedColumns:
-    """The columns of a table of N rows, each parsed when its method is called.
+    """The columns of a table of N rows: ids, and the others each parsed when its method is called.
 
     Rows with an invalid cell become `problems`, and what is tolerated `notes`, in the order of the calls.
     """
 
     table: Table
     task: Task
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
+    used: set[str] = field(default_factory=set, init=False)
     """Names of the columns that were parsed."""
-    labeled: bool = False
-    bad: set[int] = field(default_factory=set)
+    labeled: bool = field(default=False, init=False)
+    bad: set[int] = field(default_factory=set, init=False)
     """Rows with a problem."""
-    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    codes: np.ndarray = field(init=False)
     """(N,) the lesion of each row, numbered in the order in which they appear."""
-    names: Text = field(default_factory=lambda: Text(pa.chunked_array([], pa.string())))
+    names: Text = field(init=False)
     """The id of each lesion."""
+
+    def __post_init__(self) -> None:
+        self.read_ids()
 
     def read_ids(self) -> None:
         """Set `codes` and `names`; rows with an invalid id become problems."""
@@ -211,11 +214,12 @@ class ParsedColumns:
         valid[self.codes[list(self.bad)]] = False
         return valid
 
-    def cells_of(self, column: str, rows: Sequence[int]) -> list[str]:
-        """Return the cells of a few rows, in ascending order."""
+    def cells_of(self, column: str, rows: np.ndarray) -> list[str]:
+        """Return the cells of some rows (n,), which ascend."""
         found, start = list[str](), 0
         for (cells,) in self.table.parts(column):
-            found += [cells[row - start].as_py() for row in rows if start <= row < start + len(cells)]
+            first, last = np.searchsorted(rows, (start, start + len(cells)))
+            found += cells.take(pa.array(rows[first:last] - start)).to_pylist()
             start += len(cells)
         return found
 

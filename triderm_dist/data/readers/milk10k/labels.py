@@ -29,7 +29,6 @@ def _read_truth(path: Path, task: Task) -> tuple[ParsedColumns, np.ndarray]:
         raise DataError(f"{path}: unknown diagnosis {unknown[0]!r} in the header; known are {', '.join(known[1:])}")
     columns = TaskColumns(image=dict.fromkeys(task.view_names, "lesion_id"), lesion_id="lesion_id")
     truth = ParsedColumns(table, replace(task, columns=columns))
-    truth.read_ids()
     truth.refuse_repeated_lesions("duplicate label", "remove one")
     return truth, truth.labels()
 

@@ -47,14 +47,13 @@ def read_challenge(
     known = (*required, GROUP_COLUMN, *(each.column for each in task.fields), *MONET_COLUMNS, *UNUSED_COLUMNS)
     table = read_table(metadata_path, task.table).named(known)
     table.require(required)
-    columns = _ChallengeColumns(table, replace(task, columns=milk10k_task().columns))
-    if not columns.concept_columns():
+    if not any(column.startswith(CONCEPT_PREFIX) for column in table.header):
         raise DataError(f"{metadata_path}: no column starts with {CONCEPT_PREFIX}; the concept scores belong here")
     if not len(table):
         raise DataError(f"{metadata_path}: the table has no rows")
 
     with without_garbage_collection():
-        columns.read_ids()
+        columns = _ChallengeColumns(table, replace(task, columns=milk10k_task().columns))
         columns.check_photo_ids()
         columns.used |= {*required, *UNUSED_COLUMNS}
         label_problems = list[Problem]()
@@ -82,8 +81,8 @@ class _ChallengeColumns(ParsedColumns):
     labels_of_lesions: (L,), None without a table of labels.  finer: the finer label by photo, of those that have one.
     """
 
-    labels_of_lesions: np.ndarray | None = None
-    finer: Mapping[str, int] = field(default_factory=dict)
+    labels_of_lesions: np.ndarray | None = field(default=None, init=False)
+    finer: Mapping[str, int] = field(default_factory=dict, init=False)
 
     def check_photo_ids(self) -> None:
         """Make each row without a valid id of its photo a problem; also where photos may be missing."""
