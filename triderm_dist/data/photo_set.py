@@ -230,7 +230,7 @@ def _content(photo: _Held | None) -> bytes:
         return repr(about).encode() + photo.tobytes() + (photo.info.get("icc_profile") or b"")
     if photo is None:
         return b""
-    path = os.path.abspath(str(photo))
+    path = os.path.abspath(photo)
     try:
         status = os.stat(path)
     except OSError:

@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if image.mode == "CMYK":
         return _from_cmyk(image)
     if image.mode == "LAB":
-        return _transform(ImageCms.createProfile("LAB"), "LAB").apply(image), (LAB,)
+        return _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB").apply(image), (LAB,)
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep_gray(image)
     changes: tuple[str, ...] = (SCALED,) if _bits(image) > 8 else ()
@@ -203,9 +203,9 @@ def _icc_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def _transform(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
+def _transform(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.ImageCmsTransform(
-        ImageCms.ImageCmsProfile(profile) if not isinstance(profile, ImageCms.ImageCmsProfile) else profile,
+        profile,
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
         mode,
         "RGB",

@@ -212,8 +212,6 @@ def _check_pages(image: Image.Image) -> tuple[str, ...]:
 
 def _reason(error: Exception, what: str) -> str:
     """Say why a photo cannot be decoded; texts of libraries name Python objects and change with versions."""
-    if isinstance(error, PhotoError | ColorError):
-        return str(error)
     if isinstance(error, Image.DecompressionBombError):
         return f"more than the {MAX_PIXELS} pixels that a photo may have"
     return f"{what} that cannot be decoded to its end: damaged, or of a rare kind; copy it again, or save it as PNG"
