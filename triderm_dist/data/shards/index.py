@@ -271,19 +271,18 @@ def read_index(
     folder = Path(folder)
     path, raw = folder / INDEX, _read_raw(folder)
     content = check_content(raw, path)
-    table = content.samples.file
-    fields = _fields(content, _task(raw, path), path)
-    for shard in fields["shards"][tars]:
-        _check_size(folder, shard)
+    table, task = content.samples.file, _task(raw, path)
+    _check_meaning(content, task, path)
+    for shard in content.shards[tars]:
+        _check_size(folder, shard.file)
     _check_size(folder, table)
     try:
         file = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:
         raise unreadable(folder / SAMPLES, error) from None
-    layout = array_columns(len(content.concepts), len(content.metadata_fields), bool(fields["task"].fine))
+    layout = array_columns(len(content.concepts), len(content.metadata_fields), bool(task.fine))
     columns = ParquetColumns(folder / SAMPLES, file, table.samples, layout)
-    fingerprint = index_fingerprint(path, raw)
-    index = ShardIndex(folder=folder, rows=table.samples, columns=columns, fingerprint=fingerprint, **fields)
+    index = _to_index(folder, content, task, columns, index_fingerprint(path, raw))
 
     def check_samples() -> None:
         _check_sha256(folder, table)
@@ -355,8 +354,8 @@ def _task(raw: Mapping[str, Any], path: Path) -> Task:
         raise DataError(f"{error}; pack the data again") from None
 
 
-def _fields(content: IndexContent, task: Task, path: Path) -> dict[str, Any]:
-    """Return fields of `ShardIndex`. Raises DataError if labels or categories have another meaning in the task."""
+def _check_meaning(content: IndexContent, task: Task, path: Path) -> None:
+    """Raise DataError if labels or categories have another meaning in the task."""
     if tuple(content.diagnoses) != task.diagnosis_names:
         raise DataError(f"{path}: its diagnoses are not those of its task {task.name!r}; pack the data again")
     # Written by earlier versions for the fields of plugins.
@@ -369,23 +368,32 @@ def _fields(content: IndexContent, task: Task, path: Path) -> dict[str, Any]:
             )
     if unknown := next((name for name in content.labels.values() if name not in content.diagnoses), None):
         raise DataError(f"{path}: labels names a diagnosis {unknown!r} that the task lacks; pack the data again")
-    return {
-        "task": task,
-        "concepts": tuple(content.concepts),
-        "stored_concepts": tuple(content.concepts),
-        "stored_fields": tuple(content.metadata_fields),
-        "shards": tuple(ShardFile(**shard.model_dump()) for shard in content.shards),
-        "problems": tuple(Problem(**problem.model_dump()) for problem in content.problems),
-        "photo_sizes": {_size(text): count for text, count in content.photo_sizes.items()},
-        "shared_photos": tuple((one, other) for one, other in content.shared_photos),
-        "extensions": {view: tuple(content.extensions.get(view, EXTENSIONS[view])) for view in VIEWS},
-        "label_words": {word: content.diagnoses.index(name) for word, name in content.labels.items()}
-        or task.label_words,
-        "converted": content.converted,
-        "short_side": content.packed_with.short_side,
-        "group_salt": content.groups.salt if content.groups else None,
-        "selected": content.selected,
-    }
+
+
+def _to_index(folder: Path, content: IndexContent, task: Task, columns: ParquetColumns, fingerprint: str) -> ShardIndex:
+    """Return the index of a folder from what its index.json holds."""
+    concepts = tuple(content.concepts)
+    label_words = {word: content.diagnoses.index(name) for word, name in content.labels.items()}
+    return ShardIndex(
+        folder=folder,
+        task=task,
+        concepts=concepts,
+        stored_concepts=concepts,
+        stored_fields=tuple(content.metadata_fields),
+        shards=tuple(shard.file for shard in content.shards),
+        rows=columns.rows,
+        columns=columns,
+        problems=tuple(Problem(**problem.model_dump()) for problem in content.problems),
+        fingerprint=fingerprint,
+        photo_sizes={_size(text): count for text, count in content.photo_sizes.items()},
+        shared_photos=tuple((one, other) for one, other in content.shared_photos),
+        extensions={view: tuple(content.extensions.get(view, EXTENSIONS[view])) for view in VIEWS},
+        label_words=label_words or task.label_words,
+        converted=content.converted,
+        short_side=content.packed_with.short_side,
+        group_salt=content.groups.salt if content.groups else None,
+        selected=content.selected,
+    )
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -71,6 +71,10 @@ class ShardEntry(_Entry):
     bytes: Positive
     sha256: Hash
 
+    @property
+    def file(self) -> ShardFile:
+        return ShardFile(self.url, self.samples, self.bytes, self.sha256)
+
 
 class SamplesEntry(_Entry):
     url: Annotated[str, Field(pattern=f"^{re.escape(SAMPLES)}$")]
