@@ -36,7 +36,7 @@ from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.open import index_file, is_url, open_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.reader import RemoteShards
-from triderm_dist.data.shards.remote import Store
+from triderm_dist.data.shards.remote import Store, address_of
 from triderm_dist.schema import ConfigError, DataError
 
 CPU, HALF = torch.device("cpu"), ((0.5,) * 3, (0.5,) * 3)
@@ -652,7 +652,7 @@ def test_unknown_url_scheme_and_missing_package_are_named(tmp_path):
 
 def test_url_query_is_kept_last_and_hidden_in_messages():
     store = Store("https://user:secret@host/set?token=hidden", RemoteConfig())
-    assert store.address("a.tar") == "https://user:secret@host/set/a.tar?token=hidden"
+    assert address_of(store.url, "a.tar") == "https://user:secret@host/set/a.tar?token=hidden"
     assert store.shown("a.tar") == "https://host/set/a.tar"
 
 

@@ -34,7 +34,8 @@ _Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # no leading "-", which would be an option of a command
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+"""A name that is safe in a URL, a path and a command, of which a leading - would be an option."""
 # Errors that a retry cannot fix, by name, since their packages may not be installed.
 _PERMANENT = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
 _UNKNOWN_HOST = "no such host; check the address, and this machine's network"
@@ -66,15 +67,11 @@ class Store:
                 raise ConfigError(f"{redact(url)}: runs a command; set data.remote.allow_commands=true if you trust it")
             self._words = _command(url)
 
-    def address(self, name: str) -> str:
-        """Return the URL of one file; a query, such as an access token, is kept at the end."""
-        return address_of(self.url, name)
-
     def shown(self, name: str) -> str:
         """Return the address for messages: without query and password."""
         if self.url.startswith("pipe:"):
             return redact(self.url.replace("{}", name))
-        return re.sub(r"//[^/@]*@", "//", self.address(name).partition("?")[0])
+        return re.sub(r"//[^/@]*@", "//", address_of(self.url, name).partition("?")[0])
 
     def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
         """Fetch a file to `path`, which no other process reads yet, and check its size, unless that is -1, and its
@@ -85,7 +82,7 @@ class Store:
         file, no permission, a full disk), or after `HOST_ATTEMPTS` for a host that has no address and was never
         reached; FetchStopped once `stop` is set.
         """
-        if not is_file_name(file.url):
+        if not _FILE_NAME.fullmatch(file.url):
             raise DataError(f"{self.shown(INDEX)}: lists a file {file.url!r}; only letters, digits and ._- are allowed")
         stop = stop or threading.Event()
         deadline = time.monotonic() + self.remote.total_seconds
@@ -162,7 +159,7 @@ class Store:
                 if status := process.wait():
                     raise OSError(f"the command ended with status {status}")
             return
-        file_system, location = _open_file_system(self.address(name), self._options)
+        file_system, location = _open_file_system(address_of(self.url, name), self._options)
         file_system.get_file(location, str(path), callback=progress.callback())
 
     @functools.cached_property
@@ -295,11 +292,6 @@ def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig 
 def pause_before(attempt: int) -> float:
     """Return the seconds to wait after so many failed attempts: they double up to 15, with jitter."""
     return float(min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5))
-
-
-def is_file_name(name: object) -> bool:
-    """Return whether an index may list a file of this name: one that is safe in a URL, a path and a command."""
-    return isinstance(name, str) and bool(_FILE_NAME.fullmatch(name))
 
 
 def _command(url: str) -> list[str]:
