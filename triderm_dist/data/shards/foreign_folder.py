@@ -53,9 +53,7 @@ def list_tars(folder: str) -> tuple[list[TarFile], list[str]]:
     compressed, partly downloaded, or in folders of the folder. Raises DataError for a folder that is not indexed.
     """
     shown = redact(folder).rstrip("/")
-    tars, others, is_packed = (_behind_url if is_url(folder) else _in_folder)(folder)
-    if is_packed:
-        raise DataError(f"{shown}: written by triderm pack, which made its index; use the folder as it is")
+    tars, others = _behind_url(folder) if is_url(folder) else _in_folder(Path(folder))
     for tar in tars:
         if not is_shard_name(tar.name):
             raise DataError(f"{printable(f'{shown}/{tar.name}')}: {SHARD_NAME_RULE}; rename it")
@@ -67,13 +65,14 @@ def list_tars(folder: str) -> tuple[list[TarFile], list[str]]:
     return sorted(tars, key=lambda tar: tar.name), sorted(others)
 
 
-def _in_folder(folder: str) -> tuple[list[TarFile], list[str], bool]:
-    """Return the tars of a folder, the names of other tars, and whether triderm pack has written it."""
-    path = Path(folder)
+def _in_folder(path: Path) -> tuple[list[TarFile], list[str]]:
+    """Return the tars of a folder, and the names of other tars."""
     if not path.is_dir():
         raise DataError(f"{path}: {why_no_folder(path)}; give the folder that holds the WebDataset tars")
-    if _was_packed(path / INDEX):
-        return [], [], True
+    try:
+        _refuse_packed(path, (path / INDEX).read_bytes() if (path / INDEX).is_file() else None)
+    except OSError as error:
+        raise DataError(f"{path / INDEX}: not readable ({error.strerror}); remove it") from None
     tars = []
     for each in path.iterdir():
         if _is_tar(each.name):
@@ -82,15 +81,14 @@ def _in_folder(folder: str) -> tuple[list[TarFile], list[str], bool]:
             status = each.stat()
             tars.append(TarFile(os.path.abspath(path), each.name, status.st_size, status.st_mtime_ns))
     others = [each.name for each in path.iterdir() if _is_other_tar(each.name)]
-    return tars, [*others, *(str(each.relative_to(path)) for each in path.glob("*/*.tar"))], False
+    return tars, [*others, *(str(each.relative_to(path)) for each in path.glob("*/*.tar"))]
 
 
-def _behind_url(url: str) -> tuple[list[TarFile], list[str], bool]:
+def _behind_url(url: str) -> tuple[list[TarFile], list[str]]:
     """Return what `_in_folder` does of a folder behind a URL, whose folders are not looked into."""
     remote, shown = RemoteFolder(url), redact(url).rstrip("/")
     try:
-        if b'"packed_with"' in (remote.read(INDEX) or b""):
-            return [], [], True
+        _refuse_packed(shown, remote.read(INDEX))
         found = remote.list()
         names = [name for name in found if _is_tar(name)]
         unknown = [name for name in names if found[name]["size"] is None]
@@ -105,7 +103,7 @@ def _behind_url(url: str) -> tuple[list[TarFile], list[str], bool]:
             raise DataError(f"{shown}/{name}: the server does not say how many bytes it has; copy the tars to a folder")
         said = hashlib.sha256(repr(sorted(found[name].items())).encode()).digest()
         tars.append(TarFile(url, name, size, int.from_bytes(said[:7])))
-    return tars, [name for name in found if _is_other_tar(name)], False
+    return tars, [name for name in found if _is_other_tar(name)]
 
 
 def _is_tar(name: str) -> bool:
@@ -120,12 +118,10 @@ def _is_hidden(name: str) -> bool:
     return name.startswith("._")  # macOS writes ._NAME beside each file on disks of other systems
 
 
-def _was_packed(index: Path) -> bool:
-    """Return whether an index.json, which may be damaged, was written by triderm pack."""
-    try:
-        return index.is_file() and b'"packed_with"' in index.read_bytes()
-    except OSError as error:
-        raise DataError(f"{index}: not readable ({error.strerror}); remove it") from None
+def _refuse_packed(folder: str | Path, index: bytes | None) -> None:
+    """Raise DataError where the content of an index.json, which may be damaged, was written by triderm pack."""
+    if index and b'"packed_with"' in index:
+        raise DataError(f"{folder}: written by triderm pack, which made its index; use the folder as it is")
 
 
 def _unreadable(error: OSError) -> DataError:
