@@ -285,9 +285,8 @@ def _convert(values: np.ndarray, own: MetadataField, target: MetadataField) -> t
     """Return the values (N,) of a field as values of the main set's field, NaN where it has no such value."""
     if own.is_number != target.is_number or (own.is_number and own.unit and target.unit and own.unit != target.unit):
         kinds = [f"{each.kind} {each.unit}".strip() if each.is_number else each.kind for each in (own, target)]
-        return np.full(
-            len(values), np.nan
-        ), f"{target.name}: {kinds[0]} here, {kinds[1]} in the training set, so missing"
+        note = f"{target.name}: {kinds[0]} here, {kinds[1]} in the training set, so missing"
+        return np.full(len(values), np.nan), note
     if own.is_number:
         inside = (values >= target.low) & (values <= target.high)
         outside = int((~inside & ~np.isnan(values)).sum())

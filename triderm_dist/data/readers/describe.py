@@ -144,11 +144,8 @@ def _identifying_columns(
 
     what: `row` or `photo`, of which each is a lesion without a column of lesions.
     """
-    group, lesion, several = (
-        _take(unused, "group", given),
-        _take(unused, "lesion_id", given),
-        f"every {what} is a lesion",
-    )
+    group, lesion = _take(unused, "group", given), _take(unused, "lesion_id", given)
+    several = f"every {what} is a lesion"
     if lesion and not several_views and len(set(table.cells[lesion].to_pylist())) < len(table):
         # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
         several = f"CHECK: every photo is a lesion; if a column tells the views of a {lesion}, name it: view=COLUMN"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -55,12 +56,11 @@ class LesionBuilder:
             values, differ = agreed(rows, self.columns.metadata(number))
             metadata.append(Numbers(values))
             disagree += [(at, number) for at in differ.tolist()]
-        # One column of scores for each row of a lesion.
         scores = [
-            [Numbers(values, own) for own in rows.T]
+            [Numbers(values, of_view) for of_view in rows.T]
             for values in map(self.columns.scores, self.columns.concept_columns())
         ]
-        concepts = [view[at] for at in range(len(scores[0])) for view in scores] if scores else []
+        concepts = [*chain.from_iterable(zip(*scores, strict=True))]  # those of the first view, then of the second
         for at, number in sorted(disagree):
             self.columns.add_difference(rows[at], task.fields[number].column)
         label, differ = agreed(rows, labels, UNLABELED)

@@ -249,20 +249,20 @@ def _read_columns(path: Path, form: TableFormat) -> Table:
     """Read all rows into columns; the first row that is not blank is the header."""
     if path.suffix.lower() == ".xlsx":
         lines = sheet_rows(path, form.sheet)
-        columns = _read_header(path, lines)
+        columns = _begin_columns(path, lines)
         for number, line in lines:
             columns.add_line(number, line)
     elif path.suffix.lower() == ".parquet":
         with open_parquet(path) as parquet:
             names = parquet.schema_arrow.names
-            columns, number = _read_header(path, iter([(0, names)])), 1
+            columns, number = _begin_columns(path, iter([(0, names)])), 1
             for batch in parquet.iter_batches(_ROWS_PER_CHUNK, use_threads=False):
                 parts = [as_text(cells, path, name) for cells, name in zip(batch.columns, names, strict=True)]
                 columns.add_part(number, parts[: len(columns.names)])
                 number += len(batch)
     else:
         with open_csv(path, form.encoding) as file:
-            columns = _read_header(path, file)
+            columns = _begin_columns(path, file)
             while text := file.block():
                 if (part := plain_columns(text, file.delimiter, len(columns.names))) is not None:
                     columns.add_part(file.number + 1, part)
@@ -273,7 +273,7 @@ def _read_columns(path: Path, form: TableFormat) -> Table:
     return columns.table(form)
 
 
-def _read_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> _ColumnBuilder:
+def _begin_columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> _ColumnBuilder:
     """Read the header and return a builder without rows.
 
     Raises DataError for an empty file, or a name that appears twice.

@@ -87,16 +87,16 @@ class ShardIndex:
     """Number of photos of each (width, height)."""
     shared_photos: tuple[tuple[str, str], ...]
     """Pairs of labeled lesions of different groups that share a photo: their folds may differ."""
-    extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
-    label_words: Mapping[str, int] = field(default_factory=dict)
+    extensions: Mapping[str, tuple[str, ...]]
+    label_words: Mapping[str, int]
     """The labels of the samples' own records, in lower case, as indices into the task's diagnoses."""
-    converted: Mapping[str, int] = field(default_factory=dict)
+    converted: Mapping[str, int]
     """The number of photos by what packing converted in them."""
-    short_side: int | None = None
+    short_side: int | None
     """The short side in pixels to which packing reduced larger photos; None: none were, as far as is known."""
-    group_salt: str | None = None
+    group_salt: str | None
     """The fingerprint of the salt under which groups are hashes (`GroupHashes`); None: they are as in the table."""
-    selected: str | None = None
+    selected: str | None
     """The condition by which its lesions were taken from a larger set; None: all that the tars hold."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
