@@ -189,6 +189,16 @@ def test_lesions_that_cannot_be_used(trained_run, tmp_path, capsys):
     assert "1 problems: 1 unreadable photo" in printed(capsys)
 
 
+def test_lesion_that_is_left_out_is_not_printed_as_predicted(trained_run, tmp_path, capsys):
+    for number in (0, 1):
+        shutil.copy(trained_run.test.photo(number), tmp_path / f"{number}.clinical.jpg")
+    (tmp_path / "2.clinical.jpg").write_bytes(b"no photo")
+    predict(trained_run, f"input={tmp_path}", "tta=1", "invalid=drop")
+    out = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in out.splitlines() if line.count(",") == 2 and "(" in line] == ["0", "1"]
+    assert "left out: " in out and "2.clinical.jpg" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

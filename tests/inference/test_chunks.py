@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.processes import wait_for
-from triderm_dist.inference.chunks import PredictionJob, prediction_table, run_hash
+from triderm_dist.inference.chunks import PredictionJob, run_hash
 from triderm_dist.inference.inputs import read_input
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.schema import DataError
@@ -50,8 +50,7 @@ def test_chunks_equal_one_pass(predictor, lesions, tmp_path):
     assert [len(job._rows(number)) for number in range(len(job.chunks))] == [4, 4, 2]
     assert progress[-1] == (LESIONS, LESIONS) and [done for done, _ in progress[:3]] == [4, 8, 10]
     table, problems, _ = job.result()
-    predictions = predictor.predict(lesions, 2)
-    expected = prediction_table(predictions, predictor.run.task, predictor.members)
+    expected = predictor.table(predictor.predict(lesions, 2))
     assert not problems and table.column_names == expected.column_names
     assert table["lesion_id"].to_pylist() == lesions.lesion_ids.tolist()
     assert table["decision"].to_pylist() == expected["decision"].to_pylist()

@@ -274,12 +274,11 @@ def predict_input(config: PredictRun) -> None:
 def print_predictions(job: PredictionJob, read: ReadInput) -> None:
     """Print the decision for each lesion, and its most probable diagnoses."""
     from triderm_dist.data.shards.photos import describe_changes
-    from triderm_dist.inference.chunks import prediction_table
 
-    task = job.predictor.run.task
+    names = job.predictor.run.task.diagnosis_names
     predictions = job.predictor.predict(job.lesions, job.transforms, job.drop)
-    for row in prediction_table(predictions, task, job.predictor.members).to_pylist():
-        ranked = sorted(task.diagnosis_names, key=lambda name: -row[name])[:3]
+    for row in job.predictor.table(predictions).to_pylist():
+        ranked = sorted(names, key=lambda name: -row[name])[:3]
         values = ", ".join(f"{name} {row[name]:.3f}" for name in ranked)
         print(wrapped(f"{row['lesion_id']}: {row['decision'] or 'no diagnosis'} ({values})"))
     for problem in (*read.problems, *predictions.problems.values()):

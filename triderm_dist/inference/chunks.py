@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
@@ -24,10 +23,8 @@ from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.problems import Problem
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE
 from triderm_dist.files import file_sha256
-from triderm_dist.inference.predictor import EnsemblePredictions, Predictor
+from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run_folder import RunFolder
-from triderm_dist.schema import Task
-from triderm_dist.submission import results_table
 
 BATCHES = 16
 """Largest number of batches per chunk; fewer lesions are divided into `CHUNKS` chunks of at least a batch each."""
@@ -87,7 +84,7 @@ class PredictionJob:
         return hashlib.sha256("".join(self._key(number) for number in range(len(self.chunks))).encode()).hexdigest()
 
     def result(self) -> tuple[pa.Table, list[Problem], Counter[str]]:
-        """Return the table of all lesions, as `prediction_table` has it, the problems of those left out, and the number
+        """Return the table of all lesions, as `Predictor.table` has it, the problems of those left out, and the number
         of photos by what was converted in them.
         """
         tables, problems, changes = [], list[Problem](), Counter[str]()
@@ -115,15 +112,13 @@ class PredictionJob:
     def _predict(self, number: int) -> None:
         lesions = self.lesions.take(self.chunks[number])
         predictions = self.predictor.predict(lesions, self.transforms, self.drop)
-        table = prediction_table(predictions, self.predictor.run.task, self.predictor.members)
-        kept = np.ones(len(lesions), bool)
-        kept[list(predictions.problems)] = False
         about = {
             "key": self._key(number),
             "problems": [asdict(problem) for problem in predictions.problems.values()],
             "changes": dict(predictions.changes),
         }
-        write_checked_parquet(self._path(number), table.filter(pa.array(kept)), {_KEY: json.dumps(about).encode()})
+        table = self.predictor.table(predictions)
+        write_checked_parquet(self._path(number), table, {_KEY: json.dumps(about).encode()})
 
     def _path(self, number: int) -> Path:
         return self.part / f"{number:06d}.parquet"
@@ -155,9 +150,3 @@ def run_hash(run: RunFolder) -> str:
     files = [ENSEMBLE_FILE, *sorted(path.name for path in run.path.glob(f"{Path(STACK_FILE).stem}.*"))]
     about = [weights, [[name, file_sha256(run.path / name)] for name in files]]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def prediction_table(predictions: EnsemblePredictions, task: Task, members: tuple[str, ...]) -> pa.Table:
-    """Return the `results_table` of predictions."""
-    by_member = dict(zip(members, predictions.members, strict=True))
-    return results_table(predictions.results, by_member, task.diagnosis_names)

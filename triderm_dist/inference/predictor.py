@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD, Predictions, average_test
 from triderm_dist.schema import VIEWS, Batch, Outputs
-from triderm_dist.submission import Results
+from triderm_dist.submission import Results, results_table
 
 
 class EnsemblePredictions(NamedTuple):
@@ -119,6 +120,12 @@ class Predictor:
             results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
         changes = Counter(change for photo in source.changes.values() for change in photo)
         return EnsemblePredictions(results, members, parts, dict(sorted(source.problems.items())), changes)
+
+    def table(self, predictions: EnsemblePredictions) -> pa.Table:
+        """Return the `results_table` of predictions, without the lesions that have a problem."""
+        by_member = dict(zip(self.members, predictions.members, strict=True))
+        table = results_table(predictions.results, by_member, self.run.task.diagnosis_names)
+        return table.filter(np.isin(np.arange(len(table)), list(predictions.problems), invert=True))
 
     @torch.no_grad()
     def attention(self, photos: PhotoSet) -> dict[str, AttentionMaps]:

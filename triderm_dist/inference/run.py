@@ -26,7 +26,7 @@ from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.cells import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError, describe_changes
 from triderm_dist.files import expanded, why_no_file
-from triderm_dist.inference.chunks import BATCHES, prediction_table
+from triderm_dist.inference.chunks import BATCHES
 from triderm_dist.inference.export import Format
 from triderm_dist.inference.inputs import read_input
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
@@ -34,7 +34,7 @@ from triderm_dist.inference.prediction import Prediction
 from triderm_dist.inference.predictor import EnsemblePredictions, Predictor
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen
-from triderm_dist.inference.table import read_lesions, table_of_frame, text_of
+from triderm_dist.inference.table import photo_set, read_lesions, table_of_frame, text_of
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.extras import require
@@ -174,8 +174,7 @@ class Run:
         for start in range(0, len(lesions), size):
             part = lesions.take(slice(start, start + size))
             predictions = predictor.predict(part, transforms, drop=invalid == "drop")
-            kept = np.isin(np.arange(len(part)), list(predictions.problems), invert=True)
-            tables.append(prediction_table(predictions, self.task, self.members).filter(kept))
+            tables.append(predictor.table(predictions))
             left_out += predictions.problems.values()
             changes += predictions.changes
         for note in (*given.notes, *describe_changes(changes), *(f"left out: {problem}" for problem in left_out)):
@@ -288,12 +287,9 @@ class Run:
                 raise InputError(f"{view}: task {task.name!r} has no such photo; it has {', '.join(self.views)}")
             if isinstance(photo, Path) and not photo.is_file():
                 raise InputError(f"{view}: {photo}: {why_no_file(photo)}")
-        return PhotoSet(
-            task,
-            self.concepts,
+        return photo_set(
+            self._run,
             {view: [given.get(view)] for view in self.views},
-            canvas=self._run.canvas,
-            short_side=self._run.short_side,
             lesion_ids=[lesion_id],
             metadata=np.array([self._metadata(fields)], np.float32),
             concept_scores=np.array([self._scores({} if concepts is None else concepts)], np.float32),
@@ -388,11 +384,8 @@ class PixelNetwork:
     def preprocess(self, photo: Photo) -> Tensor:
         """Return the pixels (3, S, S) of a photo, prepared as those of the training. Raises InputError."""
         view = self.signature.views[0]
-        photos = PhotoSet(
-            self.run.task, self.run.concepts, {view: [photo]}, canvas=self.run.canvas, short_side=self.run.short_side
-        )
         try:
-            pixels, _ = photos.pixels(0, view)
+            pixels, _ = photo_set(self.run, {view: [photo]}).pixels(0, view)
         except PhotoError as error:
             raise InputError(f"the photo cannot be read ({error})") from None
         width, height = self.run.canvas
