@@ -276,6 +276,16 @@ def test_group_in_two_folds_is_refused(run) -> None:
         gather(folder, None, DataSplit(ids, labels, folds))
 
 
+def test_group_in_two_folds_of_one_file_is_refused(run) -> None:
+    folder, *_ = run
+    table = read_oof(folder / "oof.parquet")
+    groups = table.groups.copy()
+    groups[[np.argmax(table.folds == 0), np.argmax(table.folds == 1)]] = "patient"
+    write_oof(folder / "oof.parquet", replace(table, groups=groups))
+    with pytest.raises(DataError, match=r"oof\.parquet: group patient is in folds \d and \d: assign folds by group"):
+        read_oof(folder / "oof.parquet")
+
+
 def test_edited_table_is_refused(run) -> None:
     """oof.parquet with a duplicate row, or with a changed fold for one model."""
     import pyarrow as pa

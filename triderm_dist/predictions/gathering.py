@@ -54,8 +54,9 @@ class _Checks:
         """Raise DataError for a part that does not match the data or the parts checked before (see `gather`)."""
         if part.split != OUT_OF_FOLD:
             raise DataError(f"{part.path}: holds {part.split} predictions, expected out-of-fold predictions")
-        if not self._accepts(part):
-            self._raise(part)
+        self._check_lesions(part)
+        self._check_groups(part)
+        self._check_weights(part)
 
     def rows(self, lesion_ids: Any) -> np.ndarray:
         """Return the row in the data of each id of an Arrow array, -1 for a lesion that is not in the data."""
@@ -64,68 +65,56 @@ class _Checks:
         rows = pc.fill_null(pc.index_in(lesion_ids, value_set=self._known), -1)
         return np.asarray(rows.to_numpy(), np.int64)
 
-    def _accepts(self, part: _Part) -> bool:
-        """Return whether `_raise` would raise nothing. Records the groups and weights of the part."""
+    def _check_lesions(self, part: _Part) -> None:
+        path, rows, fold = part.path, part.rows, part.fold
+        if (at := _first(rows < 0)) is not None:
+            raise DataError(f"{path}: lesion {part.lesion_ids[at]} is not in the data")
+        for number, model in enumerate(part.models):
+            if (row := _first(np.bincount(rows[part.model_of == number]) > 1)) is not None:
+                raise DataError(f"{path}: lesion {self.lesion_ids[row]} occurs twice for model {model}")
+        if (at := _first(part.labels != self.labels[rows])) is not None:
+            raise DataError(
+                f"{path}: lesion {part.lesion_ids[at]} has label {part.labels[at]}, in the data it is "
+                f"{self.labels[rows[at]]}"
+            )
+        if (at := _first(fold != self.folds[rows])) is not None:
+            raise DataError(
+                f"{path}: lesion {part.lesion_ids[at]} is predicted as fold {fold[at]} but belongs to fold "
+                f"{self.folds[rows[at]]}: its model was trained on it; train again with the folds of this data"
+            )
+
+    def _check_groups(self, part: _Part) -> None:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        rows, fold = part.rows, part.fold
-        if (rows < 0).any() or (part.labels != self.labels[rows]).any() or (fold != self.folds[rows]).any():
-            return False
-        for number in range(len(part.models)):
-            if (np.bincount(rows[part.model_of == number], minlength=1) > 1).any():
-                return False
         encoded = part.groups.dictionary_encode()
         codes, names = encoded.indices.to_numpy(), encoded.dictionary
-        fold_of_code = np.empty(len(names), np.int64)
-        fold_of_code[codes] = fold
-        if (fold_of_code[codes] != fold).any():
-            return False
         known = pc.fill_null(pc.index_in(names, value_set=self._groups), -1).to_numpy()
-        if (self._fold_of_group[known[known >= 0]] != fold_of_code[known >= 0]).any():
-            return False
-        folds, fold_code = np.unique(fold, return_inverse=True)
-        pairs = np.unique((part.model_of * len(part.hashes) + part.hash_of) * len(folds) + fold_code)
-        for pair, code in zip(*(each.tolist() for each in np.divmod(pairs, max(1, len(folds)))), strict=True):
-            model, weights = part.models[pair // len(part.hashes)], part.hashes[pair % len(part.hashes)]
-            if weights and self._fold_of_weights.setdefault((model, weights), int(folds[code])) != folds[code]:
-                return False
+        fold_of_code = np.empty(len(names), np.int64)
+        fold_of_code[codes] = part.fold
+        fold_of_code[known >= 0] = self._fold_of_group[known[known >= 0]]
+        if (at := _first(fold_of_code[codes] != part.fold)) is not None:
+            folds = f"{fold_of_code[codes[at]]} and {part.fold[at]}"
+            raise DataError(f"{part.path}: group {part.groups[at]} is in folds {folds}: assign folds by group")
         self._groups = pa.concat_arrays([self._groups, names.filter(pa.array(known < 0))])
         self._fold_of_group = np.concatenate([self._fold_of_group, fold_of_code[known < 0]])
-        return True
 
-    def _raise(self, part: _Part) -> None:
-        """Raise DataError for the first row of a part that does not match."""
-        path = part.path
-        seen: set[tuple[str, str]] = set()
-        fold_of_group = dict(zip(self._groups.to_pylist(), self._fold_of_group.tolist(), strict=True))
-        ids, groups = part.lesion_ids.to_pylist(), part.groups.to_pylist()
-        columns = (part.rows, part.labels, part.fold, part.model_of, part.hash_of)
-        for lesion, group, row, label, fold, model_of, hash_of in zip(
-            ids, groups, *(column.tolist() for column in columns), strict=True
-        ):
-            model, weights = part.models[model_of], part.hashes[hash_of]
-            if row < 0:
-                raise DataError(f"{path}: lesion {lesion} is not in the data")
-            if (lesion, model) in seen:
-                raise DataError(f"{path}: lesion {lesion} occurs twice for model {model}")
-            seen.add((lesion, model))
-            if label != self.labels[row]:
-                raise DataError(f"{path}: lesion {lesion} has label {label}, in the data it is {self.labels[row]}")
-            if fold != self.folds[row]:
+    def _check_weights(self, part: _Part) -> None:
+        import pyarrow as pa
+
+        table = pa.table({"model": part.model_of, "weights": part.hash_of, "fold": part.fold})
+        for each in table.group_by(table.column_names, use_threads=False).aggregate([]).to_pylist():
+            model, weights, fold = part.models[each["model"]], part.hashes[each["weights"]], each["fold"]
+            if weights and (other := self._fold_of_weights.setdefault((model, weights), fold)) != fold:
                 raise DataError(
-                    f"{path}: lesion {lesion} is predicted as fold {fold} but belongs to fold {self.folds[row]}: "
-                    "its model was trained on it; train again with the folds of this data"
+                    f"{part.path}: weights {weights[:12]} of {model} predict folds {other} and {fold}: they were "
+                    "trained on one of them"
                 )
-            if fold_of_group.setdefault(group, fold) != fold:
-                raise DataError(
-                    f"{path}: group {group} is in folds {fold_of_group[group]} and {fold}: assign folds by group"
-                )
-            if weights and self._fold_of_weights.setdefault((model, weights), fold) != fold:
-                raise DataError(
-                    f"{path}: weights {weights[:12]} of {model} predict folds "
-                    f"{self._fold_of_weights[model, weights]} and {fold}: they were trained on one of them"
-                )
+
+
+def _first(wrong: np.ndarray) -> int | None:
+    """Return the index of the first True, None if there is none."""
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 class _Part:
