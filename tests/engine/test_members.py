@@ -23,7 +23,7 @@ from triderm_dist.engine.extra_sets import prepare_trainings
 from triderm_dist.engine.fold import assigned_folds, is_fold_finished
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
-from triderm_dist.ensemble.predict import FittedEnsemble
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.inference.export import export_run
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run_folder import open_run_folder

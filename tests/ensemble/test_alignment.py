@@ -9,7 +9,7 @@ from tests.synthetic_run import FOLDS, MODELS, labels_of, write_run
 from triderm_dist import metrics
 from triderm_dist.ensemble.alignment import fit_alignments, load_alignments, save_alignments
 from triderm_dist.ensemble.fit import fit_ensemble
-from triderm_dist.ensemble.predict import FittedEnsemble
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.ensemble.stack_inputs import EmbeddingTower, embeddings_path, write_embeddings
 from triderm_dist.predictions import (
     DataSplit,

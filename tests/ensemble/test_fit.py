@@ -15,7 +15,8 @@ from triderm_dist.checksums import read_checked_json, read_checked_parquet, writ
 from triderm_dist.ensemble import calibration, predict
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact
 from triderm_dist.ensemble.fit import FitResult, fit_ensemble
-from triderm_dist.ensemble.predict import FittedEnsemble, score, write_test_results
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
+from triderm_dist.ensemble.predict import score, write_test_results
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.intervals import Interval
@@ -338,7 +339,11 @@ def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fi
             FittedEnsemble.load(folder).predict(replace(tests, task=other))
     shutil.copy(folder / "ensemble.json", tmp_path)
     stack = read_checked_json(folder / "stack.json")
+    stack["task"] = replace(tests.task, name="other").to_mapping()
+    write_checked_json(tmp_path / "stack.json", stack)
+    with pytest.raises(DataError, match=r"stack\.json: was fitted for task 'other', not for task 'clinic'; run"):
+        FittedEnsemble.load(tmp_path).load_stacker()
     del stack["task"]  # of a run from before there were other tasks
     write_checked_json(tmp_path / "stack.json", stack)
-    with pytest.raises(DataError, match=r"stack\.json: was fitted for task 'milk10k'"):
-        FittedEnsemble.load(tmp_path).predict(tests)
+    with pytest.raises(DataError, match=r"stack\.json: changed or damaged: its diagnoses are not those of its task"):
+        FittedEnsemble.load(tmp_path).load_stacker()

@@ -26,8 +26,8 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.ensemble.fitted_stacker import fit_stacker
-from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, OOF_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import (
     column_names,

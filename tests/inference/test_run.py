@@ -29,7 +29,7 @@ from triderm_dist.config import load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.engine.network_files import read_info, save_weights, write_info
-from triderm_dist.ensemble.predict import FittedEnsemble
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.inference.run import Run
 from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.predictions import average_test, read_predictions

@@ -38,7 +38,7 @@ from triderm_dist.config import INFERENCE, Invalid, Networks, RunReader, mean_of
 from triderm_dist.environment import record_data
 from triderm_dist.files import resolve_dots
 from triderm_dist.runtime.terminal import counted, wrapped
-from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.settings import PathText
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.fold import network_folders
     from triderm_dist.engine.predict_test import predict_test
-    from triderm_dist.ensemble.predict import FittedEnsemble, check_ensemble_task, write_test_results
+    from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
+    from triderm_dist.ensemble.predict import write_test_results
     from triderm_dist.ensemble.stack_inputs import check_refit
 
     _check_test_set(config)
@@ -126,7 +127,7 @@ def predict_test_set(config: PredictRun) -> None:
     members = [name for name in config.models if wanted is None or name in wanted]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     if ensemble:
-        check_ensemble_task(config.folder, index.task)
+        ensemble.check_task(index.task)
         stacker = ensemble.stacker  # refused before the networks predict for hours
         if stacker and config.networks == "refit":
             check_refit(stacker.extra)
@@ -143,7 +144,7 @@ def predict_test_set(config: PredictRun) -> None:
         print(wrapped(f"wrote {path}"))
     _print_networks(config, ensemble.ensemble)
     if truth is not None:
-        _score(config, truth, folder, _with_trained_photo(config, index))
+        _score(config, ensemble.task, truth, folder, _with_trained_photo(config, index))
 
 
 def _check_test_set(config: PredictRun) -> None:
@@ -191,20 +192,18 @@ def _with_trained_photo(config: PredictRun, index: ShardIndex) -> list[str]:
 
 
 def _score(
-    config: PredictRun, truth: Mapping[str, int], folder: Path, with_trained_photo: Collection[str] = ()
+    config: PredictRun, task: Task, truth: Mapping[str, int], folder: Path, with_trained_photo: Collection[str]
 ) -> None:
     """Score the results in a folder, print the score and send it to the trackers.
 
     truth: {lesion id: label}.  with_trained_photo: see `score`.
     """
-    from triderm_dist.ensemble.artifact import read_task
     from triderm_dist.ensemble.predict import score
-    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, in_training
+    from triderm_dist.ensemble.run_files import in_training
     from triderm_dist.monitoring.tracking import log_scores
 
     partial = config.data.test_truth is None
     result = score(config.folder, truth, partial, folder, with_trained_photo)
-    task = read_task(config.folder / ENSEMBLE_FILE)
     low, high = result["interval"]
     if result["absent"]:
         print(wrapped(f"no test lesion has {', '.join(result['absent'])}: excluded from the score"))

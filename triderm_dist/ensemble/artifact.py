@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
 from triderm_dist.ensemble.calibration import weighted_sum
-from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED
+from triderm_dist.ensemble.run_files import FITTED
 from triderm_dist.ensemble.thresholds import Rule, decide
-from triderm_dist.files import file_sha256
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -143,7 +142,11 @@ class Ensemble:
     @staticmethod
     def load(path: Path) -> Ensemble:
         """Read what `save` wrote. Raises DataError naming the file."""
-        tree = read_artifact(path, schema=EnsembleKeys)
+        return Ensemble.of(read_artifact(path, schema=EnsembleKeys), path)
+
+    @staticmethod
+    def of(tree: Mapping[str, Any], path: Path) -> Ensemble:
+        """Build the ensemble from the content of its file. Raises DataError naming the file."""
         numbers = {"weights": tree["members"], "temperatures": tree["members"], "thresholds": tree["diagnoses"]}
         for key, names in numbers.items():
             if len(tree[key]) != len(names):
@@ -184,20 +187,9 @@ def read_artifact(
     return tree
 
 
-def check_same_fit(run_folder: Path, *names: str) -> None:
-    """Check that files, where they exist, are of the fit that wrote ensemble.json, which has the SHA-256 of each.
-
-    Raises DataError if not. Earlier versions recorded none.
-    """
-    recorded = read_artifact(run_folder / ENSEMBLE_FILE, schema=EnsembleKeys).get("files", {})
-    for path in (run_folder / name for name in names):
-        if path.name in recorded and path.exists() and file_sha256(path) != recorded[path.name]:
-            raise DataError(f"{path}: not written together with {ENSEMBLE_FILE}; run triderm stack again")
-
-
-def read_task(path: Path, format_name: str = FORMAT, version: int = VERSION) -> Task:
-    """Return the task of a JSON file that triderm stack wrote, by default ensemble.json; MILK10k's if it names none."""
+def read_task(path: Path) -> Task:
+    """Return the task of ensemble.json; MILK10k's if it names none."""
     try:
-        return recorded_task(read_artifact(path, format_name, version), str(path))
+        return recorded_task(read_artifact(path), str(path))
     except ConfigError as error:
         raise DataError(f"{error}; run triderm stack again") from None

@@ -24,6 +24,7 @@ from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.schema.plugins import check_known, check_subclass, described
 from triderm_dist.settings import Section
+from triderm_dist.tasks import recorded_task
 
 FORMAT = "triderm-stacker"
 VERSION = 2
@@ -201,11 +202,16 @@ class FittedStacker:
         write_checked_json(path, {**description, **shared})
 
     @staticmethod
-    def load(path: Path) -> FittedStacker:
-        """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`;
-        MissingPackage if a package that it needs to predict is not installed.
+    def load(path: Path, task: Task | None = None) -> FittedStacker:
+        """Read what `save` wrote. task: that it must have been fitted for, None for any. Raises DataError naming the
+        file, also for a kind that is not in `STACKERS`; MissingPackage if a package that it needs to predict is not
+        installed.
         """
         description = read_artifact(path, FORMAT, VERSION, _StackerKeys)
+        if task and not (own := recorded_task(description, str(path))).matches(task):
+            raise DataError(
+                f"{path}: was fitted for task {own.name!r}, not for {own.named_other(task)}; run triderm stack again"
+            )
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
         if kind not in STACKERS:
             raise DataError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from triderm_dist import __version__, intervals, metrics
 from triderm_dist.config import CONFIG_FILE, Experiment, TowerConfig
-from triderm_dist.ensemble.artifact import FitKeys, check_same_fit, read_artifact, read_task
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.ensemble.run_files import (
     ENSEMBLE_FILE,
     HELD_OUT_FILE,
@@ -28,7 +28,7 @@ from triderm_dist.ensemble.run_files import (
 from triderm_dist.environment import ENVIRONMENT_FILE, read_environment
 from triderm_dist.files import write_text
 from triderm_dist.predictions import OofFile
-from triderm_dist.schema import MetadataField, Task
+from triderm_dist.schema import MetadataField
 from triderm_dist.tasks import DATA_LICENSES
 
 CARD_FILE = "README.md"
@@ -88,12 +88,12 @@ class _Card:
 
     def __init__(self, config: Experiment, exported: Path | None = None) -> None:
         self.config, self.folder, self.exported = config, config.folder, exported
-        self.fit = read_artifact(self.folder / ENSEMBLE_FILE, schema=FitKeys)
-        self.task: Task = read_task(self.folder / ENSEMBLE_FILE)
+        fitted = FittedEnsemble.load(self.folder)
+        self.fit, self.task = fitted.fit, fitted.task
         self.record = read_environment(self.folder)
         self.members: list[str] = [name for name in self.fit["members"] if name != STACKER]
         self.rows = read_nested(self.folder / NESTED_FILE)
-        check_same_fit(self.folder, NESTED_FILE)
+        fitted.check_files(NESTED_FILE)
         self.counts = np.bincount(self.rows.labels, minlength=len(self.task.diagnoses))
 
     @property

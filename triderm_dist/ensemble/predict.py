@@ -1,10 +1,8 @@
-"""Predict a test set with the fitted stacker and ensemble, write the results, and score them."""
+"""Write the results of a test set by the fitted stacker and ensemble, and score them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,9 @@ import numpy as np
 
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_json
-from triderm_dist.ensemble import fitted_stacker
-from triderm_dist.ensemble.artifact import Ensemble, EnsembleKeys, FitKeys, check_same_fit, read_artifact, read_task
-from triderm_dist.ensemble.calibration import member_probabilities
-from triderm_dist.ensemble.fitted_stacker import FittedStacker
-from triderm_dist.ensemble.run_files import (
-    ENSEMBLE_FILE,
-    HELD_OUT_FILE,
-    OOF_FILE,
-    PREDICTIONS_FILE,
-    STACK_FILE,
-    STACKER,
-    STACKER_FILES,
-)
-from triderm_dist.ensemble.stack_inputs import column_names, embedding_tower, embeddings_path, stacker_columns
+from triderm_dist.ensemble.artifact import read_task
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
+from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, HELD_OUT_FILE, OOF_FILE, PREDICTIONS_FILE
 from triderm_dist.predictions import (
     TEST,
     OofTable,
@@ -35,7 +22,7 @@ from triderm_dist.predictions import (
     concatenate_tables,
     write_predictions,
 )
-from triderm_dist.schema import UNLABELED, DataError, Task
+from triderm_dist.schema import UNLABELED, DataError
 from triderm_dist.submission import (
     TABLE_FILE,
     Results,
@@ -77,7 +64,7 @@ def write_test_results(fitted: FittedEnsemble, test_files: Sequence[Path], folde
         np.concatenate([part.decisions for _, part, _ in found]),
     )
     members = np.concatenate([each[2] for each in found], axis=1)
-    task = read_task(fitted.folder / ENSEMBLE_FILE)  # a test set may be described with another decision
+    task = fitted.task  # a test set may be described with another decision
     write_predictions(folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
     (folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
     by_member = dict(zip(fitted.members, members, strict=True))
@@ -159,120 +146,6 @@ def _agree_in_order(files: Sequence[PredictionFile]) -> bool:
 
     first = ids(files[0]) if files else pa.chunked_array([], pa.string())
     return len(first.unique()) == len(first) and all(ids(file).equals(first) for file in files[1:])
-
-
-@dataclass(frozen=True)
-class FittedEnsemble:
-    """The ensemble of a run and its stacker, read once."""
-
-    folder: Path
-    ensemble: Ensemble
-
-    @classmethod
-    def load(cls, run_folder: Path) -> FittedEnsemble:
-        """Read ensemble.json. Raises DataError if it is missing."""
-        return cls(run_folder, Ensemble.load(run_folder / ENSEMBLE_FILE))
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return self.ensemble.members
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The networks among the members, whose predictions the stacker reads too."""
-        return tuple(name for name in self.members if name != STACKER)
-
-    @cached_property
-    def stacker(self) -> FittedStacker | None:
-        """None if it is not a member. Raises DataError if stack.json is missing or of another fit, or if the embeddings
-        that it reads are by another tower.
-        """
-        if STACKER not in self.members:
-            return None
-        stacker = FittedStacker.load(self.folder / STACK_FILE)
-        check_same_fit(self.folder, *STACKER_FILES)
-        if stacker.extra == "embeddings":
-            check_embeddings(self.folder)
-        return stacker
-
-    def predict(
-        self, table: OofTable, parts: Sequence[Predictions] = (), embeddings: np.ndarray | None = None
-    ) -> tuple[Results, np.ndarray]:
-        """Return the results for a test set in the order of `table.lesion_ids`, and the members' probabilities
-        (M, N, C).
-
-        table: `predictions.average_test` of `parts`, the predictions of every fold model.  embeddings: see
-        `stacker_columns`. Raises DataError if this was fitted for another task or on other models, weights or
-        columns.
-        """
-        check_ensemble_task(self.folder, table.task)
-        used = (
-            (name, part.refit_of or part.model_hash[part.model == name])
-            for part in parts
-            for name in sorted(set(part.model))
-        )
-        check_weights(self.folder, used)
-        for model in self.models:
-            if model not in table.models:
-                raise DataError(
-                    f"{self.folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; "
-                    f"got predictions of {', '.join(table.models)}"
-                )
-        members = []
-        for name, temperature in zip(self.members, self.ensemble.temperatures, strict=True):
-            if name != STACKER:
-                members.append(member_probabilities(table, name, temperature))
-                continue
-            assert self.stacker is not None
-            names = column_names(table, self.models)
-            if names != self.stacker.feature_names[: len(names)]:
-                raise DataError(f"{self.folder / STACK_FILE}: was fitted on other columns than the test set's")
-            columns = stacker_columns(self.folder, self.stacker.extra, table, self.models, parts, embeddings)
-            members.append(self.stacker.predict(columns))
-        ids = [str(lesion) for lesion in table.lesion_ids]
-        return Results(ids, self.ensemble.combine(members), self.ensemble.decide(members)), np.stack(members)
-
-
-def check_ensemble_task(run_folder: Path, task: Task) -> None:
-    """Check that ensemble.json, and stack.json if there is one, were fitted for this task; raise DataError if not."""
-    fitted = {ENSEMBLE_FILE: read_task(run_folder / ENSEMBLE_FILE)}
-    if (run_folder / STACK_FILE).exists():
-        fitted[STACK_FILE] = read_task(run_folder / STACK_FILE, fitted_stacker.FORMAT, fitted_stacker.VERSION)
-    for name, other in fitted.items():
-        if not other.matches(task):
-            raise DataError(
-                f"{run_folder / name}: was fitted for task {other.name!r}, the predictions are for {task.name!r}"
-                + (", described differently" if other.name == task.name else "")
-                + "; run triderm stack again"
-            )
-
-
-def check_embeddings(run_folder: Path) -> None:
-    """Raise DataError if the run's embeddings are by another tower than those that the stacker was fitted on.
-
-    Earlier versions did not record it.
-    """
-    fitted_on = read_artifact(run_folder / ENSEMBLE_FILE, schema=EnsembleKeys).get("embeddings_of")
-    if fitted_on and embedding_tower(run_folder).record != fitted_on:
-        raise DataError(
-            f"{embeddings_path(run_folder, 'train')}: by another tower than the embeddings that the stacker was fitted "
-            "on; run triderm stack again"
-        )
-
-
-def check_weights(run_folder: Path, used: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """Check that predictions are by the network weights that ensemble.json was fitted on.
-
-    used: models with the hashes of their weights, or of the folds' weights whose refit they are. Raises DataError for
-    other weights.
-    """
-    fitted_on = read_artifact(run_folder / ENSEMBLE_FILE, schema=FitKeys)["weights_of"]
-    for model, hashes in used:
-        if model in fitted_on and not set(hashes) <= set(fitted_on[model]):
-            raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than the predictions; "
-                "run triderm stack again"
-            )
 
 
 def _to_rows(table: OofTable) -> Predictions:

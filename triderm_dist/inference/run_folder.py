@@ -12,8 +12,7 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.engine.fold import model_config, network_folders
 from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
-from triderm_dist.ensemble.artifact import read_task
-from triderm_dist.ensemble.predict import FittedEnsemble
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.files import why_no_folder
@@ -25,18 +24,21 @@ from triderm_dist.tasks import recorded_task
 class RunFolder:
     """The content of a run's folder, without the networks themselves.
 
-    task, concepts: of the networks.  networks: of each model of the ensemble, one per fold, or the refitted one.
+    concepts: of the networks.  networks: of each model of the ensemble, one per fold, or the refitted one.
     canvas: (width, height) of the photos that they were trained on, short_side: to which packing reduced larger ones.
     """
 
     path: Path
     experiment: Experiment
     fitted: FittedEnsemble
-    task: Task
     concepts: tuple[str, ...]
     networks: dict[str, list[TrainedNetwork]]
     canvas: tuple[int, int]
     short_side: int | None
+
+    @property
+    def task(self) -> Task:
+        return self.fitted.task
 
     @property
     def refitted(self) -> bool:
@@ -61,7 +63,7 @@ def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
         raise DataError(f"{path}: has no {CONFIG_FILE}; give the folder of a run, such as runs/demo")
     experiment = load_run(Experiment, path)
     fitted = FittedEnsemble.load(path)
-    task = read_task(path / ENSEMBLE_FILE)
+    task = fitted.task
     if networks == "refit" and fitted.stacker:
         check_refit(fitted.stacker.extra)
     found = {name: _trained(experiment, name, networks) for name in fitted.models}
@@ -76,7 +78,7 @@ def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
     concepts = tuple(trained[0].info["concepts"])
     if any(tuple(each.info["concepts"]) != concepts for each in trained):
         raise DataError(f"{path}: its networks were trained with different concepts; train them again on one set")
-    return RunFolder(path, experiment, fitted, task, concepts, found, *_preparation(experiment, trained[0].info))
+    return RunFolder(path, experiment, fitted, concepts, found, *_preparation(experiment, trained[0].info))
 
 
 def _trained(experiment: Experiment, name: str, networks: Networks) -> list[TrainedNetwork]:

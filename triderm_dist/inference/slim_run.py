@@ -22,7 +22,6 @@ from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.fitted_stacker import model_path
 from triderm_dist.ensemble.model_card import CARD_FILE, card_text
-from triderm_dist.ensemble.predict import check_weights
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, NESTED_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import EmbeddingTower, embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.environment import ENVIRONMENT_FILE
@@ -88,8 +87,7 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
             f"{network.folder / 'weights.safetensors'}: changed or damaged: its SHA-256 is not that of fold.json; "
             "train this fold again"
         )
-    fitted_on = network.refit_of or [network.weights]
-    check_weights(run.path, [(name, fitted_on)])
+    run.fitted.check_weights([(name, network.refit_of or [network.weights])])
     towers, record = folder / tower_record.FOLDER, fold_tower(network.folder, network.info)
     if record is None or not (towers / f"{record.name}.json").exists():
         with torch.random.fork_rng(devices=[]):

@@ -17,17 +17,14 @@ from triderm_dist.config import CONFIG_FILE, Experiment, load_run, read_yaml
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.open import has_tars
 from triderm_dist.data.synthetic import is_synthetic
-from triderm_dist.ensemble.artifact import Ensemble, FitKeys, check_same_fit, read_artifact, read_task
+from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
-from triderm_dist.ensemble.predict import check_ensemble_task, check_weights
 from triderm_dist.ensemble.run_files import (
     ENSEMBLE,
-    ENSEMBLE_FILE,
     NESTED_FILE,
     OOF_FILE,
     PREDICTIONS_FILE,
     STACK_FILE,
-    STACKER_FILES,
     read_held_out,
     read_nested,
 )
@@ -67,14 +64,14 @@ class Content:
         """attend: None shows photos without attention."""
         self.folder = Path(run_folder)
         self.shows_photos, self._attend = shows_photos, attend
-        self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
-        self.fit = read_artifact(self.folder / ENSEMBLE_FILE, schema=FitKeys)
+        self._fitted = fitted = FittedEnsemble.load(self.folder)
+        self.ensemble, self.fit, self.task = fitted.ensemble, fitted.fit, fitted.task
         self.rows = read_nested(self.folder / NESTED_FILE)
-        check_same_fit(self.folder, NESTED_FILE)
+        fitted.check_files(NESTED_FILE)
         self._oof = OofFile(self.folder / OOF_FILE)
         table = self._oof.table(logits_only=True)
-        check_ensemble_task(self.folder, table.task)
-        check_weights(self.folder, table.hashes.items())
+        fitted.check_task(table.task)
+        fitted.check_weights(table.hashes.items())
         if not np.array_equal(table.lesion_ids, self.rows.lesion_ids):
             rows = rows_of(self.rows.lesion_ids, table.lesion_ids)
             if (rows < 0).any():
@@ -83,7 +80,6 @@ class Content:
                 )
             table = table.take(rows)
         self.table = table
-        self.task = read_task(self.folder / ENSEMBLE_FILE)
         self.diagnoses = self.task.diagnosis_names
         self.resamples = int(self.fit["bootstrap"])
 
@@ -245,12 +241,7 @@ class Content:
     @cached_property
     def stacker(self) -> FittedStacker | None:
         """The fitted stacker, if there is one."""
-        path = self.folder / STACK_FILE
-        if not path.exists():
-            return None
-        stacker = FittedStacker.load(path)
-        check_same_fit(self.folder, *STACKER_FILES)
-        return stacker
+        return self._fitted.load_stacker() if (self.folder / STACK_FILE).exists() else None
 
     @cached_property
     def importance(self) -> tuple[str, dict[str, float]] | None:
