@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+
+from triderm_dist.runtime.streams import WrappedStream, wrapped_output
 
 MAX_OPEN_FILES = 65_536
 """More than this are never needed at once; some systems have no limit, and fail at such a number."""
@@ -42,11 +43,8 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 
-class _DroppingStream:
+class _DroppingStream(WrappedStream):
     """A text stream that drops its text once nobody reads it any more, so that the program continues."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
     def write(self, text: str) -> int:
         try:
@@ -54,10 +52,6 @@ class _DroppingStream:
         except OSError as error:
             self._drop(error)
             return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         try:
@@ -76,9 +70,6 @@ class _DroppingStream:
             name = "standard error" if self._stream is sys.__stderr__ else "standard output"
             raise OSError(error.errno, error.strerror, name) from None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
 
 @contextmanager
 def tolerate_closed_output() -> Iterator[None]:
@@ -86,15 +77,13 @@ def tolerate_closed_output() -> Iterator[None]:
 
     A full disk behind a stream raises OSError with the name of the stream. Flushes both streams at the end.
     """
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_DroppingStream(stream) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        sys.stdout, sys.stderr = before
+    with wrapped_output(_DroppingStream):
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
 
 
 def provide_home() -> None:

@@ -12,10 +12,12 @@ import re
 import sys
 import traceback
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
+
+from triderm_dist.runtime.streams import WrappedStream, wrapped_output
 
 REDACTED = "***"
 """Stands for a secret."""
@@ -72,19 +74,18 @@ _registered: set[str] = set()
 
 def redact(text: str) -> str:
     """Return a text with `***` instead of each secret."""
-    for value in sorted({*_of_environment(), *_registered}, key=len, reverse=True):
-        text = text.replace(value, REDACTED)
-    return _by_form(text)
+    return _without({*_of_environment(), *_registered}, text)
 
 
 def _redact_setting(text: str) -> str:
     """Return a text without secrets that a later process can redact to the same text."""
-    for value in sorted(_of_environment(), key=len, reverse=True):
+    return _without(_of_environment(), text)
+
+
+def _without(secrets: Iterable[str], text: str) -> str:
+    """Return a text without these secrets, and those that have the form of one."""
+    for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, REDACTED)
-    return _by_form(text)
-
-
-def _by_form(text: str) -> str:
     if not _HINT.search(text):
         return text
     text = _USER.sub(rf"\g<scheme>{REDACTED}@", text)
@@ -148,31 +149,17 @@ def redacted_output() -> Iterator[None]:
     """Inside the block, remove secrets from what this process prints, and from the traceback of an error that ends
     it.
     """
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Redacted(stream) for stream in streams)
     sys.excepthook = _print_exception
-    try:
+    with wrapped_output(_Redacted):
         yield
-    finally:
-        sys.stdout, sys.stderr = streams
 
 
-class _Redacted:
+class _Redacted(WrappedStream):
     """A text stream without secrets."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
     def write(self, text: str) -> int:
         self._stream.write(redact(text))
         return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -10,9 +10,10 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from triderm_dist.runtime.redact import redact
+from triderm_dist.runtime.streams import WrappedStream
 
 LOG_FILE = "log.txt"
 LOG_FOLDER = "TRIDERM_LOG_FOLDER"
@@ -90,20 +91,14 @@ class RunLog:
         self._waiting.clear()
 
 
-class _Copied:
+class _Copied(WrappedStream):
     """A text stream whose text is also added to a log."""
 
     def __init__(self, stream: TextIO, log: RunLog) -> None:
-        self._stream, self._log = stream, log
+        super().__init__(stream)
+        self._log = log
 
     def write(self, text: str) -> int:
         written = self._stream.write(text)
         self._log.add(getattr(self._stream, "name", ""), text)
         return written
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
