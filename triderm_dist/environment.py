@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,6 +126,25 @@ def _read(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, DamagedFile):
         return None
     return record if (record["format"], record["version"]) == (FORMAT, VERSION) else None
+
+
+def hardware_of(made: Mapping[str, Any]) -> str:
+    """Describe the hardware of an entry of `environments` in environment.json."""
+    gpus: Sequence[str] = made.get("gpus") or ()
+    devices = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)] or [
+        f"{made.get('cores')} cores of {made.get('cpu')}"
+    ]
+    ranks = made.get("ranks") or 1
+    return ", ".join(devices) + (f", {ranks} ranks" if ranks > 1 else "")
+
+
+def version_of(made: Mapping[str, Any]) -> str:
+    """Return version and commit of an entry of `environments` in environment.json."""
+    commit = made.get("commit")
+    if not commit:
+        return str(made.get("triderm-dist"))
+    short, _, dirty = str(commit).partition("-")
+    return f"{made.get('triderm-dist')} ({short[:12]}{', changed' if dirty else ''})"
 
 
 def this_environment() -> dict[str, Any]:

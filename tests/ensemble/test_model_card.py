@@ -1,5 +1,6 @@
 """The model card of a run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -56,7 +57,18 @@ def test_card_names_the_test_score_the_data_and_the_stages(config):
     assert "test lesions have the id" not in text
     assert "`abc123`" in text and "130 labeled lesions, of 140 packed." in text
     assert text.index("SYNTHETIC data") < 200 and "Photos: generated, no license." in text
-    assert re.search(r"\| crossval \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| 0 \| .* cores \| ", text)
+    assert re.search(r"\| crossval \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| 0 \| \d+ cores of .* \| ", text)
+
+
+def test_card_describes_environments_as_the_report_does(config):
+    path = config.folder / "environment.json"
+    record = {"format": "triderm-environment", "version": 1, "data": {}}
+    made = {"gpus": ["NVIDIA H100"] * 8, "cpu": "AMD EPYC", "cores": 2, "ranks": 8, "commit": "0123456789abcdef-dirty"}
+    starts = [{"program": "crossval", "started": "2026-11-25T10:00:00+00:00", "environment": 0}]  # no seconds
+    path.write_text(json.dumps({**record, "environments": [{**made, "triderm-dist": "0.1.0"}], "starts": starts}))
+    row = "| crossval | 2026-11-25 10:00:00 |  | 8 x NVIDIA H100, 8 ranks | 0.1.0 (0123456789ab, changed) |  |"
+    assert row in card_of(config)
+    path.unlink()
 
 
 def test_card_lists_the_files_that_the_run_has(config):

@@ -1,6 +1,7 @@
 """How a run was made, from environment.json."""
 
-from triderm_dist.report.provenance import Provenance, duration, fitted_parts, hardware, version
+from triderm_dist.environment import hardware_of, version_of
+from triderm_dist.report.provenance import Provenance, duration, fitted_parts
 
 MADE = {"triderm-dist": "0.1.0", "commit": "0123456789abcdef" * 2 + "-dirty", "cpu": "AMD EPYC", "cores": 2, "gpus": []}
 
@@ -34,7 +35,7 @@ def test_a_run_without_a_record_has_no_date():
 
 
 def test_version_hardware_and_duration_are_formatted():
-    assert version(MADE) == "0.1.0 (0123456789ab, changed)" and hardware(MADE) == "2 cores of AMD EPYC"
+    assert version_of(MADE) == "0.1.0 (0123456789ab, changed)" and hardware_of(MADE) == "2 cores of AMD EPYC"
     assert [duration(seconds) for seconds in (4, 61, 3599, 12_000)] == ["4 s", "1 min", "1 h 0 min", "3 h 20 min"]
 
 

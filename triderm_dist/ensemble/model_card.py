@@ -25,7 +25,7 @@ from triderm_dist.ensemble.run_files import (
     read_held_out,
     read_nested,
 )
-from triderm_dist.environment import ENVIRONMENT_FILE, read_environment
+from triderm_dist.environment import ENVIRONMENT_FILE, hardware_of, read_environment, version_of
 from triderm_dist.files import write_text
 from triderm_dist.predictions import OofFile
 from triderm_dist.schema import MetadataField
@@ -129,7 +129,8 @@ class _Card:
         inputs += [each.label for each in self.task.fields]
         kind = f" ({self.fit['stacker']})" if self.fit.get("stacker") else ""  # files of the first version name none
         stacker = f" and a stacker{kind}" if STACKER in self.fit["members"] else ""
-        kinds = ", ".join(f"{name} ({self.config.models[name].kind})" for name in self.members if self._has(name))
+        models = self.config.models
+        kinds = ", ".join(f"{name} ({models[name].kind})" for name in self.members if name in models)
         yield from _paragraph(
             f"An ensemble of {self.fit['folds']} networks each of {kinds or ', '.join(self.members)}{stacker}, made "
             f"with triderm-dist {__version__}. It takes {_cell(', '.join(inputs))}; what is missing may be left out. "
@@ -141,9 +142,6 @@ class _Card:
         for diagnosis, count in zip(self.task.diagnoses, self.counts, strict=True):
             malignant = {True: "yes", False: "no", None: ""}[diagnosis.malignant]
             yield f"| {_cell(diagnosis.name)} | {_cell(diagnosis.title)} | {malignant} | {count:,} |"
-
-    def _has(self, name: str) -> bool:
-        return name in self.config.models
 
     def _use(self) -> Iterator[str]:
         words = [f'{view}="{view}.jpg"' for view in self.task.view_names]
@@ -227,7 +225,7 @@ class _Card:
 
     def _licenses(self) -> Iterator[str]:
         for name in self.members:
-            if self._has(name):
+            if name in self.config.models:
                 yield f"- Weights of {name}: {_weight_license(self.config.models[name].tower)}"
         license_of_data = DATA_LICENSES.get(self.task.name)
         if self.synthetic:
@@ -246,13 +244,11 @@ class _Card:
         yield "| stage | started (UTC) | seconds | hardware | triderm-dist | PyTorch |"
         yield "| --- | --- | ---: | --- | --- | --- |"
         for program, start in latest.items():
-            made = self.record["environments"][start["environment"]]
-            devices = ", ".join(made["gpus"]) or f"{made['cpu']}, {made['cores']} cores"
-            ranks = f", {made['ranks']} ranks" if made["ranks"] > 1 else ""
-            version = f"{made['triderm-dist']} {(made['commit'] or '')[:8]}".strip()
+            made, seconds = self.record["environments"][start["environment"]], start.get("seconds")
             yield (
-                f"| {program} | {start['started'][:19].replace('T', ' ')} | {start['seconds']:,.0f} | "
-                f"{_cell(devices)}{ranks} | {version} | {made['packages'].get('torch', '')} |"
+                f"| {program} | {start['started'][:19].replace('T', ' ')} | "
+                f"{'' if seconds is None else f'{seconds:,.0f}'} | {_cell(hardware_of(made))} | {version_of(made)} | "
+                f"{made.get('packages', {}).get('torch', '')} |"
             )
 
     def _files(self) -> Iterator[str]:

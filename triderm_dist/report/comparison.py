@@ -22,7 +22,7 @@ from triderm_dist.metrics import METRICS, macro_f1
 from triderm_dist.predictions import rows_of
 from triderm_dist.report.content import Content
 from triderm_dist.schema import DataError, InputError, Task
-from triderm_dist.settings import flatten, parse_yaml, untyped
+from triderm_dist.settings import flatten, parse_yaml, untyped, yaml_text
 
 RESAMPLES = 4000
 """Resamples of a difference in macro F1: its corrected interval needs its far tails."""
@@ -263,16 +263,7 @@ def _other_lesions(lacks: Content, has: Content, missing: Sequence[str] | np.nda
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings by dotted key as text, without those of `PLACES`."""
-    return {key: _text(value) for key, value in flatten(settings).items() if key not in PLACES}
-
-
-def _text(value: Any) -> str:
-    """Return a setting as YAML writes it."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return {key: yaml_text(value) for key, value in flatten(settings).items() if key not in PLACES}
 
 
 def _partition(folds: np.ndarray) -> bytes:

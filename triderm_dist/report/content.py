@@ -256,15 +256,10 @@ class Content:
         return find_contributions(self.stacker, self.folder, self._oof, self.table.lesion_ids, self.networks)
 
     @cached_property
-    def malignant(self) -> np.ndarray:
-        """(C,) 1 for malignant diagnoses, 0 for benign ones, NaN where the task does not say."""
-        return self.discrimination.kinds
-
-    @cached_property
     def slices(self) -> list[SliceScore]:
         """Scores of the lesions with each value of each field, of `PHOTOS`, of `CONCEPTS` and of `GROUP`."""
         rows = self.rows
-        lesions = ScoredLesions(rows.probabilities, rows.labels, rows.decisions, self.groups, self.malignant)
+        lesions = ScoredLesions(rows.probabilities, rows.labels, rows.decisions, self.groups, self.discrimination.kinds)
         table = self.table
         masks = all_slice_masks(self.task, table.metadata, table.concepts, self.groups, self.photos)
         return score_slices(lesions, masks)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from triderm_dist.config import Experiment, ModelConfig
+from triderm_dist.runtime.messages import joined
 from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import Task
 
@@ -25,7 +26,7 @@ def network_sentences(experiment: Experiment, networks: Sequence[str], task: Tas
         if name in experiment.models:
             described.setdefault(_description(experiment.models[name], task), []).append(name)
     return [
-        f"{'Network' if len(names) == 1 else 'Networks with different seeds'} {_listed(names)}: {text}"
+        f"{'Network' if len(names) == 1 else 'Networks with different seeds'} {joined(names)}: {text}"
         for text, names in described.items()
     ]
 
@@ -61,7 +62,7 @@ def _description(model: ModelConfig, task: Task) -> str:
     elif train.swa_epochs:
         average = f", as the mean over the last {train.swa_epochs} epochs"
     return (
-        f"{KINDS.get(model.kind, model.kind)} on {_listed(inputs)}, with a {weights}, {trained} encoder "
+        f"{KINDS.get(model.kind, model.kind)} on {joined(inputs) or 'nothing'}, with a {weights}, {trained} encoder "
         f"({encoder_name(tower.source)}{size}); {train.epochs} epochs with {train.global_batch} lesions a step, "
         f"{train.optim.name} (learning rate {train.optim.lr:g}, weight decay {train.optim.weight_decay:g}, "
         f"{train.optim.schedule} schedule after {train.optim.warmup_epochs:g} warm-up epochs), "
@@ -100,7 +101,7 @@ def _augmentation(model: ModelConfig) -> str:
     steps += [name for name in augment.extra]
     steps += [f"mixup ({augment.mixup:g})"] if augment.mixup else []
     steps += [f"CutMix ({augment.cutmix:g})"] if augment.cutmix else []
-    text = f"augmentation by {_listed(steps)}" if steps else "no augmentation of photos"
+    text = f"augmentation by {joined(steps)}" if steps else "no augmentation of photos"
     if steps and model.tower.frozen:
         text += f" in {counted(augment.token_variants, 'version')} of each photo"
     return text
@@ -116,7 +117,3 @@ def _hidden(model: ModelConfig, has: set[str]) -> str:
     }
     used = [(words, share) for name, (words, share) in shares.items() if share and name in has and name in model.use]
     return "".join(f", {words} hidden with probability {share:g}" for words, share in used)
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"

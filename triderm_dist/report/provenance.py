@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from triderm_dist.config import Experiment
+from triderm_dist.environment import hardware_of, version_of
+from triderm_dist.runtime.messages import joined
 
 STAGES = ("crossval", "train", "stack", "predict")
 """Programs whose starts date a run. triderm report is left out: writing the page again must not change it."""
@@ -53,7 +55,7 @@ class Provenance:
                 last = made[own[-1]["environment"]]
                 days = sorted(str(start["started"])[:10] for start in own)
                 seconds = float(sum(start.get("seconds") or 0 for start in own))
-                stages.append(StageRecord(program, (days[0], days[-1]), seconds, hardware(last), version(last)))
+                stages.append(StageRecord(program, (days[0], days[-1]), seconds, hardware_of(last), version_of(last)))
         trained = [start for start in starts if start["program"] in ("crossval", "train")]
         packages = made[trained[-1]["environment"]].get("packages", {}) if trained else {}
         data = record["data"]
@@ -78,25 +80,6 @@ class Provenance:
     def hardware(self) -> str | None:
         """The hardware that trained the networks."""
         return self.stages[0].hardware if self.stages else None
-
-
-def hardware(made: Mapping[str, Any]) -> str:
-    """Describe the hardware of an entry of `environments` in environment.json."""
-    gpus: Sequence[str] = made.get("gpus") or ()
-    devices = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)] or [
-        f"{made.get('cores')} cores of {made.get('cpu')}"
-    ]
-    ranks = made.get("ranks") or 1
-    return ", ".join(devices) + (f", {ranks} ranks" if ranks > 1 else "")
-
-
-def version(made: Mapping[str, Any]) -> str:
-    """Return version and commit of an entry of `environments` in environment.json."""
-    commit = made.get("commit")
-    if not commit:
-        return str(made.get("triderm-dist"))
-    short, _, dirty = str(commit).partition("-")
-    return f"{made.get('triderm-dist')} ({short[:12]}{', changed' if dirty else ''})"
 
 
 def duration(seconds: float) -> str:
@@ -124,15 +107,15 @@ def fitted_parts(
     stacker, thresholds: whether there are such.  tested: whether a test set was predicted.  extra_sets: the sets whose
     lesions joined the training.
     """
-    joined = f", and {', '.join(extra_sets)}" if extra_sets else ""
+    with_sets = f", and {', '.join(extra_sets)}" if extra_sets else ""
     others = "the other fold" if folds == 2 else f"the other {folds - 1} folds"
     yield Fitted(
         f"networks of fold k ({', '.join(networks)})",
-        f"training lesions of {others}{joined}",
+        f"training lesions of {others}{with_sets}",
         "held-out predictions of fold k" + ("; test lesions, averaged over the folds" if tested else ""),
     )
     parts = ["temperatures"] + ["stacker"] * stacker + ["weights"] + ["thresholds"] * thresholds
-    names = f"{', '.join(parts[:-1])} and {parts[-1]}"
+    names = joined(parts)
     yield Fitted(f"{names}, nested", f"held-out predictions of {others}", "all figures of fold k")
     if tested:
         yield Fitted(f"{names}, final", f"held-out predictions of all {folds} folds", "test lesions")

@@ -13,7 +13,7 @@ design effect of the groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -118,7 +118,7 @@ def score_slices(lesions: ScoredLesions, slices: Mapping[str, Mapping[str, np.nd
         return rows
     adjusted = intervals.holm(np.array([rows[same[0]].p for same in judged.values()]))
     values = {row: value for same, value in zip(judged.values(), adjusted, strict=True) for row in same}
-    return [_with(each, values.get(row, np.nan)) for row, each in enumerate(rows)]
+    return [replace(each, adjusted=float(values.get(row, np.nan))) for row, each in enumerate(rows)]
 
 
 def all_slice_masks(
@@ -162,11 +162,6 @@ def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarra
             name = f"{low:g} and over" if high == np.inf else f"{low:g} to under {high:g}"
             masks[name] = (values >= low) & (values < high)
     return masks | {"missing": missing}
-
-
-def _with(row: SliceScore, adjusted: float) -> SliceScore:
-    values = vars(row) | {"adjusted": float(adjusted)}
-    return SliceScore(**values)
 
 
 class _Scores:

@@ -7,6 +7,7 @@ from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Table
 from triderm_dist.report.wording import decision_rule, fitted_out_of_fold, scored_decision
+from triderm_dist.runtime.messages import joined
 from triderm_dist.runtime.terminal import counted
 
 NESTED, HELD_OUT = "out of fold, nested", "held-out test set"
@@ -51,5 +52,4 @@ def _inputs(content: Content) -> str:
     """Name what the networks read, as far as the task says."""
     views = [f"{view.label} photos" for view in content.task.views]
     concepts = ["concept scores"] if content.table.concept_names else []
-    words = [*views, *concepts, *(["metadata"] if content.task.fields else [])]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return joined([*views, *concepts, *(["metadata"] if content.task.fields else [])])
