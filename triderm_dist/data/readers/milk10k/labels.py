@@ -71,28 +71,29 @@ def read_finer_labels(metadata: Path, task: Task) -> tuple[dict[str, int], list[
     """
     if task.fine is None:
         return {}, []
-    found, notes = {}, []
+    found, notes = dict[str, int](), list[str]()
     first: dict[str, tuple[str, Table, int]] = {}
+    columns = ("isic_id", task.fine.column)
     for path in find_tables(metadata.parent):
-        if path.stem.lower().endswith("supplement"):
-            columns = ("isic_id", task.fine.column)
-            table = read_table(path, task.table).named(columns)
-            table.require(columns)
-            repeated = 0
-            parts = (zip(ids.to_pylist(), words.to_pylist(), strict=True) for ids, words in table.parts(*columns))
-            for row, (isic_id, word) in enumerate(chain.from_iterable(parts)):
-                if not isic_id:
-                    continue
-                own = word, table, row
-                earlier, other, other_row = known = first.setdefault(isic_id, own)
-                if earlier.lower() != word.lower():
-                    raise DataError(
-                        f"{table.where(row)}: photo {isic_id} occurs twice: {task.fine.column} {quoted(word)}, and "
-                        f"{quoted(earlier)} in {other.where(other_row)}; remove one"
-                    )
-                repeated += known is not own
-                if (number := task.fine.label_of(word)) != UNLABELED:
-                    found[isic_id] = number
-            if repeated:
-                notes.append(f"{path}: rows that repeat a photo with the same {task.fine.column}: {repeated:,}")
+        if not path.stem.lower().endswith("supplement"):
+            continue
+        table = read_table(path, task.table).named(columns)
+        table.require(columns)
+        repeated = 0
+        parts = (zip(ids.to_pylist(), words.to_pylist(), strict=True) for ids, words in table.parts(*columns))
+        for row, (isic_id, word) in enumerate(chain.from_iterable(parts)):
+            if not isic_id:
+                continue
+            own = word, table, row
+            earlier, other, other_row = known = first.setdefault(isic_id, own)
+            if earlier.lower() != word.lower():
+                raise DataError(
+                    f"{table.where(row)}: photo {isic_id} occurs twice: {task.fine.column} {quoted(word)}, and "
+                    f"{quoted(earlier)} in {other.where(other_row)}; remove one"
+                )
+            repeated += known is not own
+            if (number := task.fine.label_of(word)) != UNLABELED:
+                found[isic_id] = number
+        if repeated:
+            notes.append(f"{path}: rows that repeat a photo with the same {task.fine.column}: {repeated:,}")
     return found, notes
