@@ -194,6 +194,20 @@ def test_problems_are_listed_in_the_order_of_the_lesions(tmp_path: Path) -> None
     assert found == [("L1", "record"), ("L2", "record"), ("L0", "duplicate lesion")]
 
 
+def test_lesions_with_concepts_of_their_own_are_found_in_one_pass(tmp_path: Path, monkeypatch) -> None:
+    write_foreign(
+        tmp_path / "theirs",
+        shard_lesions=8,
+        change=lambda sample, number: sample["json"].update(concepts={f"own {number}": 0.1}),
+    )
+    reads, rows = [], scan_tar.TarScan.rows
+    monkeypatch.setattr(scan_tar.TarScan, "rows", lambda scan, *columns: reads.append(columns) or rows(scan, *columns))
+    with pytest.raises(InvalidLesions) as caught:
+        index_shards(tmp_path / "theirs")
+    assert [problem.what.split("'")[1] for problem in caught.value.problems] == [f"own {at}" for at in range(1, 8)]
+    assert reads.count(("lesion_id", "concept_set")) == 1
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> list[tarfile.TarInfo]:
     with tarfile.open(path, "w") as tar:
         for name, data in members:

@@ -111,15 +111,20 @@ class MergedScans:
         keep, of = [], "the task" if self.task.concept_names else "the first lesion"
         for scan, problems in zip(self.scans, extra, strict=True):
             keep.append(np.ones(scan.tar.samples, bool))
-            for number, names in enumerate(scan.concept_sets):
-                if (unknown := next((name for name in names if name not in self._given), None)) is None:
-                    continue
-                rows = scan.rows("lesion_id", "concept_set")
-                for row in np.flatnonzero(rows["concept_set"].to_numpy() == number).tolist():
-                    lesion = rows["lesion_id"][row].as_py()
-                    what = f"lesion {lesion} has a concept {unknown!r} that {of} lacks"
-                    problems.append((row, Problem(lesion, "record", scan.tar.url, what)))
-                    keep[-1][row] = False
+            unknown = {
+                number: next(name for name in names if name not in self._given)
+                for number, names in enumerate(scan.concept_sets)
+                if not {*names} <= {*self._given}
+            }
+            if not unknown:
+                continue
+            rows = scan.rows("lesion_id", "concept_set")
+            numbers = rows["concept_set"].to_numpy()
+            keep[-1] = ~np.isin(numbers, [*unknown])
+            for row in np.flatnonzero(~keep[-1]).tolist():
+                lesion = rows["lesion_id"][row].as_py()
+                what = f"lesion {lesion} has a concept {unknown[int(numbers[row])]!r} that {of} lacks"
+                problems.append((row, Problem(lesion, "record", scan.tar.url, what)))
         return keep
 
     def _drop_doubles(self, extra: list[list[tuple[int, Problem]]]) -> None:

@@ -1,4 +1,4 @@
-"""The JSON record of a lesion in a shard, for readers that do not use samples.parquet."""
+"""The JSON record of a lesion in a shard, for readers that do not use samples.parquet, and its row in that table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,31 @@ def to_record(lesion: Lesion, task: Task, concepts: tuple[str, ...]) -> dict[str
         },
         "metadata": {field.name: field.cell(value) for field, value in zip(task.fields, lesion.metadata, strict=True)},
     }
+
+
+def to_row(
+    lesion: Lesion | Record,
+    scores: Sequence[float],
+    photos: Iterable[tuple[int, int, int]],
+    locations: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """Return the row of a lesion (`rows_schema`); its shard is set when the index of all shards is written.
+
+    scores: of its concepts.  photos: `size_and_hash` of each of `VIEWS`.  locations: offset and size by view.
+    """
+    row: dict[str, Any] = {
+        "lesion_id": lesion.lesion_id,
+        "group": lesion.group,
+        "label": lesion.label,
+        "fine": lesion.fine,
+        "shard": -1,
+        "concepts": scores,
+        "metadata": lesion.metadata,
+        "photos": [number for photo in photos for number in photo],
+    }
+    for view, (offset, size) in locations.items():
+        row |= {f"{view}_offset": offset, f"{view}_size": size}
+    return row
 
 
 def parse_record(

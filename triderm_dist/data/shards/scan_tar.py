@@ -31,6 +31,7 @@ from triderm_dist.data.shards.record import (
     is_photo,
     parse_record,
     split_name,
+    to_row,
 )
 from triderm_dist.data.shards.remote import Store
 from triderm_dist.data.shards.tar_members import DamagedTar, tar_members
@@ -218,11 +219,10 @@ class _Found:
         self.unused.update(checked.unused)
         if checked.unknown_label:
             self.unknown_labels[checked.unknown_label] += 1
-        if checked.record is None:
+        if checked.row is None:
             return
-        row = _row(checked.record, checked)
-        row["concept_set"] = self.concept_sets.setdefault(tuple(checked.record.concepts), len(self.concept_sets))
-        self._rows.append(row)
+        number = self.concept_sets.setdefault(checked.concepts, len(self.concept_sets))
+        self._rows.append({**checked.row, "concept_set": number})
         if len(self._rows) == TABLE_ROWS:
             self._flush()
 
@@ -263,16 +263,13 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A sample's record, None if it is invalid; for both views the location and `size_and_hash` of the photo.
+    """A sample's row of `scan_schema`, None if it is invalid, but for `concept_set`, which `concepts` names.
 
     unused: extensions of members that are not read; the whole name of a file that belongs to no lesion.
     """
 
-    record: Record | None
-    locations: dict[str, Member] = field(default_factory=dict)
-    photos: list[int] = field(default_factory=list)
-    rotated: int = 0
-    recolored: int = 0
+    row: dict[str, Any] | None
+    concepts: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)
     unknown_label: str = ""
     unused: tuple[str, ...] = ()
@@ -381,9 +378,12 @@ class _SampleCheck:
                 add("unreadable photo", f"{names[0]}: {reason}")
         if not problems and not any(size for _, size in locations.values()):
             add("missing photo", "no photo at all")
-        numbers = [number for view in VIEWS for number in photos[view]]
         unused = tuple(f".{printable(name)}" for name in sample.members if name not in used)
-        return _Checked(None if problems else record, locations, numbers, rotated, recolored, problems, unused=unused)
+        if problems:
+            return _Checked(None, problems=problems, unused=unused)
+        row = to_row(record, [*record.concepts.values()], [photos[view] for view in VIEWS], locations)
+        row |= {"rotated": rotated, "recolored": recolored}
+        return _Checked(row, tuple(record.concepts), unused=unused)
 
     def _missing(self, view: str, sample: _Sample) -> str:
         wanted = " or .".join(self.extensions[view])
@@ -397,21 +397,3 @@ class _SampleCheck:
         """Return the extension of a photo of a view in another format: with the same name but another suffix."""
         names = {name.rpartition(".")[0] for name in self.extensions[view]}
         return next((name for name in sample.members if is_photo(name) and name.rpartition(".")[0] in names), None)
-
-
-def _row(record: Record, checked: _Checked) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "lesion_id": record.lesion_id,
-        "group": record.group,
-        "label": record.label,
-        "fine": record.fine,
-        "shard": -1,  # known when all tars are scanned
-        "concepts": [*record.concepts.values()],
-        "metadata": record.metadata,
-        "photos": checked.photos,
-        "rotated": checked.rotated,
-        "recolored": checked.recolored,
-    }
-    for view in VIEWS:
-        row[f"{view}_offset"], row[f"{view}_size"] = checked.locations[view]
-    return row

@@ -22,7 +22,7 @@ from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import FORMAT, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.part_folder import FinishedShard, PartFolder
 from triderm_dist.data.shards.photos import PhotoError, PreparedPhoto, prepare_photo, size_and_hash
-from triderm_dist.data.shards.record import to_record
+from triderm_dist.data.shards.record import to_record, to_row
 from triderm_dist.data.shards.tar_writer import TarWriter
 from triderm_dist.data.threads import map_in_order
 from triderm_dist.schema import UNLABELED, VIEWS, Lesion, Task
@@ -116,26 +116,16 @@ class ShardWriter:
                 return _PreparedLesion(source, [], [], problem=problem)
             photos.append(photo.data)
             changes += photo.changes
-        sizes_and_hashes = [number for data in photos for number in size_and_hash(data)]
-        return _PreparedLesion(source, photos, sizes_and_hashes, tuple(changes))
+        return _PreparedLesion(source, photos, [*map(size_and_hash, photos)], tuple(changes))
 
     def _write_lesion(self, tar: TarWriter, lesion: Lesion, prepared: _PreparedLesion) -> dict[str, Any]:
         """Append the photos and the record of a lesion to a tar, and return its row."""
-        row: dict[str, Any] = {
-            "lesion_id": lesion.lesion_id,
-            "group": lesion.group,
-            "label": lesion.label,
-            "fine": lesion.fine,
-            "shard": -1,  # set by write_index, which leaves out empty shards
-            "concepts": lesion.concepts,
-            "metadata": lesion.metadata,
-            "photos": prepared.sizes_and_hashes,
+        locations = {
+            view: (tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0, len(data))
+            for view, data in zip(VIEWS, prepared.photos, strict=True)
         }
-        for view, data in zip(VIEWS, prepared.photos, strict=True):
-            row[f"{view}_offset"] = tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0
-            row[f"{view}_size"] = len(data)
         tar.add(f"{lesion.lesion_id}.json", json.dumps(to_record(lesion, self.task, self.concepts)).encode())
-        return row
+        return to_row(lesion, lesion.concepts, prepared.sizes_and_hashes, locations)
 
     def _close(self, part: PartFolder, number: int, shard: _OpenShard) -> FinishedShard:
         """Close the tar of a shard and record it; a tar without lesions is removed."""
@@ -160,7 +150,7 @@ class _PreparedLesion:
 
     source: bytes
     photos: list[bytes]
-    sizes_and_hashes: list[int]
+    sizes_and_hashes: list[tuple[int, int, int]]
     changes: tuple[str, ...] = ()
     problem: Problem | None = None
 
