@@ -186,6 +186,14 @@ def test_init_refuses_one_column_for_two_roles(make_challenge: Make) -> None:
         describe_folder(folder, {"diagnosis": "sex", "lesion_id": "sex"})
 
 
+def test_init_refuses_a_column_of_views_where_each_view_has_its_own_photos(tmp_path: Path) -> None:
+    rows = [{"close": f"c{at}", "derm": f"d{at}", "dx": ["nv", "mel"][at % 2], "site": "arm"} for at in range(8)]
+    folder = write(tmp_path, rows, [f"{row[name]}.jpg" for row in rows for name in ("close", "derm")])
+    assert "image: {clinical: close, dermoscopic: derm}" in describe_folder(folder)[0]
+    with pytest.raises(DataError, match="view=site has no effect, since close and derm name photos"):
+        describe_folder(folder, {"view": "site"})
+
+
 def test_init_refuses_a_folder_without_photos_labels_or_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         main(["init", str(tmp_path / "none")])

@@ -94,13 +94,15 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> tup
         raise DataError(f"{folder}: no photo ({READ_FORMATS}) in this folder{tars}")
     table, images = _find_images(folder, photos)
     unused = {name: _column(table, name) for name in table.header if name not in images}
-    given = {role: _spelled(table, unused, role, name) for role, name in (roles or {}).items()}
-    for role, name in given.items():
-        if others := [other for other in given if other != role and given[other] == name]:
-            raise DataError(f"{table.path}: column {name!r} is given as {role} and as {others[0]}; name two columns")
+    given = _given_columns(table, unused, roles or {})
     if len(images) == 1:
         view, views = _views_of_rows(unused, f"{table.path.name} {images[0]}", given.get("view"))
         image = _text(images[0])
+    elif "view" in given:
+        raise DataError(
+            f"{table.path}: view={given['view']} has no effect, since {images[0]} and {images[1]} name photos, one of "
+            "each view; remove it"
+        )
     else:
         images.sort(key=lambda name: _DERMOSCOPIC.search(name) is not None)
         view, views = None, ["  - {name: clinical, title: close-up}", "  - {name: dermoscopic, title: dermoscopy}"]
@@ -109,11 +111,9 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> tup
     columns = _identifying_columns(table, unused, given, what, several_views=bool(view) or len(images) == 2)
     diagnosis, counts = _diagnoses(table, unused, given)
     finer = {name for name in unused if diagnosis and _implies_diagnosis(table, name, diagnosis)}
-    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
-    name = re.sub(r"[^a-z0-9_]+", "_", plain.lower()).strip("_")
     lines = [
         f"# Described from {table.path.name} ({len(table)} rows) and {len(photos)} photos. Confirm what says CHECK.",
-        f"name: {name or 'task'}",
+        f"name: {_task_name(folder)}",
         "",
         "# name: in results; title: in reports; words: in the table, several to merge; malignant: true, false or null",
         "diagnoses:",
@@ -135,6 +135,12 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> tup
         _decision_line(counts),
     ]
     return "\n".join([*lines, ""]), table
+
+
+def _task_name(folder: Path) -> str:
+    """Return the name of a task from that of its folder: lower-case letters, digits and `_`."""
+    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9_]+", "_", plain.lower()).strip("_") or "task"
 
 
 def _identifying_columns(
@@ -234,13 +240,19 @@ def _column(table: Table, name: str) -> _Column:
     return _Column(name, counts, known if len(known) == len(numbers) else ())
 
 
-def _spelled(table: Table, unused: Mapping[str, _Column], role: str, name: str) -> str:
-    """Return a column's name as the table spells it. Raises DataError if the table has no such column."""
+def _given_columns(table: Table, unused: Mapping[str, _Column], roles: Mapping[str, str]) -> dict[str, str]:
+    """Return the column of each role as the table spells it. Raises DataError for one that it lacks or that has two."""
     spelled = {column.lower(): column for column in unused}
-    if name.lower() not in spelled:
-        hint = did_you_mean(name, unused, f"its columns are {', '.join(unused)}")
-        raise DataError(f"{table.path}: no column {name!r} ({role}=); {hint}")
-    return spelled[name.lower()]
+    given: dict[str, str] = {}
+    for role, name in roles.items():
+        if name.lower() not in spelled:
+            hint = did_you_mean(name, unused, f"its columns are {', '.join(unused)}")
+            raise DataError(f"{table.path}: no column {name!r} ({role}=); {hint}")
+        column = spelled[name.lower()]
+        if other := next((other for other in given if given[other] == column), None):
+            raise DataError(f"{table.path}: column {column!r} is given as {other} and as {role}; name two columns")
+        given[role] = column
+    return given
 
 
 def _take(unused: dict[str, _Column], role: str, given: Mapping[str, str]) -> str | None:
