@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import triderm_dist
 from tests.conftest import draw_photo, write_challenge, write_table
 from tests.processes import launch, written_meanwhile
 from tests.trained_run import TrainedRun
@@ -120,6 +121,22 @@ def test_photos_alone_without_an_output(trained_run, capsys):
     *notes, line = capsys.readouterr().out.splitlines()
     assert notes[0].startswith("note: 1 of 1 lesions with one photo; the other")
     assert line.startswith(f"{photo.stem}: ") and line.count(",") == 2
+
+
+def test_lesions_of_the_training_set_are_counted(trained_run, tmp_path, capsys):
+    """By the ids of a table; an export has none of them."""
+    ids = sorted(pq.read_table(trained_run.folder / "oof.parquet")["lesion_id"].unique().to_pylist())
+    photo, table = trained_run.test.photo(1), tmp_path / "lesions.csv"
+    write_table(table, [{"id": name, "dermoscopic": str(photo)} for name in (ids[0], "new", ids[1])])
+    predict(trained_run, f"input={table}", f"output={tmp_path / 'out.csv'}", "tta=1")
+    note = "2 of 3 lesions have the id of a training lesion; a score on the same lesions is not held out"
+    held_out = trained_run.folder / "oof_submission.csv"
+    assert f"note: {note}, their held-out predictions are in {held_out}" in printed(capsys) and held_out.exists()
+    with pytest.warns(UserWarning, match=f"^{note}"):
+        triderm_dist.load(trained_run.folder, device="cpu").predict_table(table, tta=1)
+    triderm_dist.load(trained_run.folder, device="cpu").export(tmp_path / "hub", format="hub")
+    predict(replace(trained_run, folder=tmp_path / "hub"), f"input={table}", f"output={tmp_path / 'other.csv'}")
+    assert "training lesion" not in printed(capsys)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -251,7 +251,7 @@ def predict_input(config: PredictRun) -> None:
         raise
     if printed and (len(read.lesions) > MAX_PRINTED or world_size() > 1):
         raise ConfigError(f"output: name a file or folder for the predictions of {len(read.lesions):,} lesions")
-    for note in read.notes if is_main() else ():
+    for note in (*read.notes, *run.notes_on_training(read.lesions.lesion_ids)) if is_main() else ():
         print(wrapped(f"note: {note}"))
     if world_size() > 1:
         from triderm_dist.distributed.parallel import start_inference

@@ -100,7 +100,7 @@ def score(
         path = folder / result_files(task)[0]
         first = ids[int(np.argmin(known))]
         raise DataError(f"{path}: {(~known).sum()} lesions are not in the ground truth, the first is {first}")
-    trained_ids, trained_groups = _trained_on(run_folder / OOF_FILE)
+    trained_ids, trained_groups = trained_on(run_folder)
     group_of: dict[str, str] = {}
     for rows in PredictionFile(folder / PREDICTIONS_FILE).tables(["lesion_id", "group"]):
         group_of.update(zip(rows["lesion_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
@@ -124,8 +124,9 @@ def score(
     return result
 
 
-def _trained_on(path: Path) -> list[set[str]]:
+def trained_on(run_folder: Path) -> list[set[str]]:
     """Return the ids and the groups of the lesions in oof.parquet; none without the file, as in an exported run."""
+    path = run_folder / OOF_FILE
     if not path.exists():
         return [set(), set()]
     try:

@@ -158,8 +158,9 @@ class Run:
         lesions with an invalid row or an unreadable photo.
 
         Returns the columns lesion_id, one per diagnosis, decision, and MEMBER/DIAGNOSIS of every member. Warns of what
-        is missing for all lesions, of columns that are not used, and of lesions that were left out. Raises InputError
-        for a table, row or photo that cannot be used, and if pandas is not installed.
+        is missing for all lesions, of columns that are not used, of lesions with the id of a training lesion, and of
+        lesions that were left out. Raises InputError for a table, row or photo that cannot be used, and if pandas is
+        not installed.
         """
         require("predict_table", "pandas")
         folder = None if photos is None else expanded(photos)
@@ -177,7 +178,8 @@ class Run:
             tables.append(predictor.table(predictions))
             left_out += predictions.problems.values()
             changes += predictions.changes
-        for note in (*given.notes, *describe_changes(changes), *(f"left out: {problem}" for problem in left_out)):
+        notes = [*given.notes, *self._run.notes_on_training(lesions.lesion_ids), *describe_changes(changes)]
+        for note in (*notes, *(f"left out: {problem}" for problem in left_out)):
             warnings.warn(note, stacklevel=2)
         return pa.concat_tables(tables).to_pandas()
 

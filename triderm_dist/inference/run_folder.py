@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,10 +13,13 @@ from triderm_dist.engine.fold import model_config, network_folders
 from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
-from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+from triderm_dist.ensemble.predict import trained_on
+from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, OOF_PREFIX
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.files import why_no_folder
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import DataError, Signature, Task, check_choice
+from triderm_dist.submission import result_files
 from triderm_dist.tasks import recorded_task
 
 
@@ -48,6 +51,19 @@ class RunFolder:
     @property
     def signature(self) -> Signature:
         return self.task.signature(self.concepts)
+
+    def notes_on_training(self, lesion_ids: Iterable[str]) -> Iterator[str]:
+        """Yield how many lesions have the id of a training lesion; nothing for an export, which has no ids.
+
+        Raises DataError if oof.parquet is damaged.
+        """
+        (trained_ids, _), ids = trained_on(self.path), [*lesion_ids]
+        if count := sum(name in trained_ids for name in ids):
+            held_out = self.path / result_files(self.task, OOF_PREFIX)[0]
+            yield (
+                f"{count:,} of {counted(len(ids), 'lesion')} {'has' if count == 1 else 'have'} the id of a training "
+                f"lesion; a score on the same lesions is not held out, their held-out predictions are in {held_out}"
+            )
 
 
 def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
