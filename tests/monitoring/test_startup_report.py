@@ -57,8 +57,17 @@ def test_report_lists_disabled_options():
     ):  # fmt: skip
         assert expected in text, expected
     assert "torch.compile" not in text and "fusion" not in text and "mixup" not in text and "padding" not in text
-    text = " ".join(format_report(*about, padding=0.5).split())
-    assert "accumulation); 50% of an epoch is padding, computed in vain: train.global_batch is too large" in text
+    for rows, advice in (
+        (323, "train.global_batch=12 takes as many steps"),  # of 40 x 16, of which 480 are the fewest of micro-batch 4
+        (480, "train.global_batch=12 takes as many steps"),
+        (481, ""),
+    ):
+        text = " ".join(format_report(*about, rows=rows).split())
+        padded = f"accumulation); {1 - rows / 640:.0%} of an epoch is padding, computed in vain: {advice}"
+        assert padded in text if advice else "padding" not in text
+    one = model.train.model_copy(update={"micro_batch": 16})
+    text = " ".join(format_report(*about[:2], one, *about[3:], rows=323).split())
+    assert "computed in vain: a smaller train.micro_batch takes as many steps" in text
     never = model.train.model_copy(update={"augment": AugmentConfig(mixup=0.4), "epochs": 3})
     text = " ".join(format_report(*about[:2], never, *about[3:]).split())
     assert "mixup and CutMix (train.augment.unmixed_epochs: the last 3 epochs)" in text

@@ -142,7 +142,7 @@ class Trainer:
         report = format_report(
             display.title(name), accelerator, config, network, data.counts(), epoch_steps, compute,
             start=saved.state.step if saved else 0, brief=display.brief, why_precision=why_precision,
-            why_no_graph="" if graphed else why_graph, padding=self.epochs.padding, expectation=self.expectation,
+            why_no_graph="" if graphed else why_graph, rows=self.epochs.rows, expectation=self.expectation,
         )  # fmt: skip
         accelerator.print(report, flush=True)
         untrained = untrained_tensors(network)
@@ -410,8 +410,8 @@ class _Epochs:
         self.class_counts = np.pad(counts, (0, len(data.loaders.index.diagnoses) - len(counts)))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
         self.total_steps = sum(self.steps)
-        self.padding = max(0.0, 1 - len(self._plan(0)) / (self.steps[0] * config.global_batch))
-        """Share of an epoch's rows that fill up its last batch."""
+        self.rows = len(self._plan(0))
+        """Rows of an epoch without those that fill up its last batch."""
 
     def drawn_lesions(self) -> DrawnLesions:
         """Return the lesions that an epoch draws on average."""

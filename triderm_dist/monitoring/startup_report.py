@@ -42,7 +42,7 @@ def format_report(
     brief: bool = False,
     why_precision: str = "",
     why_no_graph: str = "",
-    padding: float = 0.0,
+    rows: int = 0,
     expectation: Expectation | None = None,
 ) -> str:
     """Format the report: strategy, precision, batch, steps, options that are off, parts of the network that the task
@@ -52,14 +52,13 @@ def format_report(
     start: the step from which the training resumes.  brief: only what differs between the folds of a model.
     why_precision: the reason; "" for that of `choose_precision`.
     why_no_graph: the reason why steps do not use a CUDA graph; "" if they do.
-    padding: share of an epoch's rows that fill up its last batch.
+    rows: of an epoch without padding; 0 for unknown.
     """
     world = accelerator.num_processes
     extra = f" ({lesions.extra:,} of extra sets)" if lesions.extra else ""
     validation = f"{lesions.validation:,}" if lesions.validation else "none"
     precision, why = choose_precision(config.precision, accelerator.device)
     accumulation = split_batch(config.global_batch, config.micro_batch, world)
-    padded = f"; {padding:.0%} of an epoch is padding, computed in vain: train.global_batch is too large"
     differing = {
         "lesions": f"{lesions.train:,} to train{extra}, {validation} to validate",
         "steps": f"{sum(steps):,} in {counted(len(steps), 'epoch')} of {steps[0]:,}",
@@ -72,13 +71,24 @@ def format_report(
         "precision": f"{precision} ({why_precision or why})",
         **differing,
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
-        "(ranks, micro-batch, accumulation)" + (padded if padding >= NOTED_PADDING else ""),
+        "(ranks, micro-batch, accumulation)" + _padding(config, world, rows, steps[0]),
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if compute is None else str(compute),
         "expected": str(expectation) if expectation else "",
         "off": "; ".join(_off(accelerator, config, why_no_graph)),
         "left out": _left_out(network),
     }
     return "\n".join([name, *_rows(lines), _parameter_table(network)])
+
+
+def _padding(config: TrainConfig, world: int, rows: int, steps: int) -> str:
+    """Say how much of an epoch is padding, and which global batch takes as many steps with the least; "" for little."""
+    padding = 1 - rows / (steps * config.global_batch) if rows else 0.0
+    if padding < NOTED_PADDING:
+        return ""
+    unit = world * config.micro_batch
+    smallest = unit * -(-rows // (steps * unit))
+    best = f"train.global_batch={smallest}" if smallest < config.global_batch else "a smaller train.micro_batch"
+    return f"; {padding:.0%} of an epoch is padding, computed in vain: {best} takes as many steps"
 
 
 def _rows(lines: Mapping[str, str]) -> list[str]:
