@@ -67,7 +67,7 @@ def test_report_lists_disabled_options():
         assert padded in text if advice else "padding" not in text
     one = model.train.model_copy(update={"micro_batch": 16})
     text = " ".join(format_report(*about[:2], one, *about[3:], rows=323).split())
-    assert "computed in vain: a smaller train.micro_batch takes as many steps" in text
+    assert "computed in vain: train.global_batch=9 with train.micro_batch=9 takes as many steps" in text
     never = model.train.model_copy(update={"augment": AugmentConfig(mixup=0.4), "epochs": 3})
     text = " ".join(format_report(*about[:2], never, *about[3:]).split())
     assert "mixup and CutMix (train.augment.unmixed_epochs: the last 3 epochs)" in text

@@ -129,11 +129,11 @@ def open_inputs(
             printed.add(text)
             accelerator.print(wrapped(text), flush=True)
 
-    for note in index.notes():
+    for note in index.notes() if train else ():
         print_once(f"note: {note}")
     towers = _open_towers(experiment, model, index, train, recorded, start, extra_towers)
     record, tower = towers.record, towers.tower
-    if (packed := min(index.canvas)) < record.image_size:
+    if train and (packed := min(index.canvas)) < record.image_size:
         enlarged = f"tower.image_size {record.image_size} is more than the short side of the packed photos, {packed}"
         print_once(f"note: {enlarged}: they are enlarged; pack with a larger short_side")
     if tower:

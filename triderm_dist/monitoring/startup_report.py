@@ -81,13 +81,17 @@ def format_report(
 
 
 def _padding(config: TrainConfig, world: int, rows: int, steps: int) -> str:
-    """Say how much of an epoch is padding, and which global batch takes as many steps with the least; "" for little."""
+    """Say how much of an epoch is padding, and which batch takes as many steps with the least of it; "" for little."""
     padding = 1 - rows / (steps * config.global_batch) if rows else 0.0
     if padding < NOTED_PADDING:
         return ""
+    size = -(-rows // steps)  # of a batch without padding
     unit = world * config.micro_batch
-    smallest = unit * -(-rows // (steps * unit))
-    best = f"train.global_batch={smallest}" if smallest < config.global_batch else "a smaller train.micro_batch"
+    best = f"train.global_batch={unit * -(-size // unit)}"
+    if config.global_batch - size < unit:
+        accumulation = config.global_batch // unit
+        micro = -(-size // (world * accumulation))
+        best = f"train.global_batch={micro * world * accumulation} with train.micro_batch={micro}"
     return f"; {padding:.0%} of an epoch is padding, computed in vain: {best} takes as many steps"
 
 
