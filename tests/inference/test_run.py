@@ -446,6 +446,7 @@ def test_a_repository_of_the_hub_is_a_run(trained_run, run, photos, tmp_path):
     name, probability = first.split()
     assert name == commit and float(probability) == pytest.approx(run.predict(*photos).probabilities["MEL"], abs=1e-6)
     assert other.startswith("hf-hub:some-user/other: cannot be downloaded (")
+    assert "hf download some-user/other on a machine with one, copy the folder, and give its path" in other
     assert wrong == "hf-hub:no name: not a repository; write hf-hub:USER/NAME or hf-hub:USER/NAME@REVISION"
 
 

@@ -36,15 +36,18 @@ def locate_run(where: str | os.PathLike[str]) -> Path:
 
 def _download(where: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = where.removeprefix(HUB).partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None))
     except HFValidationError:
         raise InputError(f"{where}: not a repository; write {HUB}USER/NAME or {HUB}USER/NAME@REVISION") from None
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:  # no network, no such repository, no access
-        raise InputError(f"{where}: cannot be downloaded ({one_line(error, 160, with_type=True)})") from None
+    except Exception as error:  # the client raises many types: no network, no such repository, no access
+        raise InputError(
+            f"{where}: cannot be downloaded ({one_line(error, 160, with_type=True)}); check the name and the network, "
+            f"or run hf download {repository} on a machine with one, copy the folder, and give its path"
+        ) from None
 
 
 def _extract(path: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triderm_dist.models.hub import hub_file, is_cached
 from triderm_dist.models.panderm import build_panderm, is_panderm, load_panderm, rebuild_panderm, split_panderm
 from triderm_dist.models.timm_tower import HEADS, split_model
 from triderm_dist.models.tower import (
@@ -27,8 +28,6 @@ from triderm_dist.models.tower import (
 from triderm_dist.models.weight_files import (
     existing_file,
     existing_weights,
-    hub_file,
-    is_cached,
     read_weight_file,
     weights_in,
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triderm_dist.models.hub import hub_page, is_cached, why_unreachable
 from triderm_dist.models.tower import (
     InputSpec,
     Tower,
@@ -18,7 +19,7 @@ from triderm_dist.models.tower import (
     checked_size,
     refuse_quick_gelu,
 )
-from triderm_dist.models.weight_files import existing_weights, is_cached, is_safetensors, read_weight_file, weight_file
+from triderm_dist.models.weight_files import existing_weights, is_safetensors, read_weight_file, weight_file
 from triderm_dist.models.weights import fill, rename_by_order, without_prefix
 from triderm_dist.runtime.messages import listed, nearest, one_line
 from triderm_dist.schema import InputError
@@ -39,6 +40,8 @@ def build_timm(name: str, options: TowerOptions) -> Tower:
     model_name, _, file = name.partition("@")
     _check_name(model_name)
     download = options.pretrained and not file
+    if download:
+        _check_hub(model_name)
     try:
         model: Any = timm.create_model(model_name, pretrained=download, num_classes=0)
     except Exception as error:  # timm and the hub's client raise many types
@@ -71,6 +74,21 @@ def locate_timm(name: str, pretrained: bool) -> WeightsLocation:
         )
     cached = is_cached(settings.hf_hub_id, HUB_FILES) if settings.hf_hub_id else False
     return WeightsLocation(f"weights {'cached' if cached else 'not cached'}", cached)
+
+
+def _check_hub(model_name: str) -> None:
+    """Raise InputError if the weights are to be downloaded from the hub, and it cannot be reached."""
+    import timm
+
+    settings = timm.get_pretrained_cfg(model_name)
+    repository = settings.hf_hub_id if settings else None
+    if not repository or is_cached(repository, HUB_FILES):
+        return
+    if why := why_unreachable(repository, HUB_FILES[0]):
+        raise InputError(
+            f"timm:{model_name}: cannot download its weights ({why}); fetch {HUB_FILES[0]} of {hub_page(repository)} "
+            f"on a machine with a network, and use timm:{model_name}@FILE"
+        )
 
 
 def _check_name(model_name: str) -> None:

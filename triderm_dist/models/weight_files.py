@@ -16,7 +16,7 @@ from torch import Tensor
 
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.models.weights import State, strip_prefix
-from triderm_dist.runtime.messages import listed, one_line, printable
+from triderm_dist.runtime.messages import listed, printable
 from triderm_dist.schema import CheckpointError, InputError
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -230,54 +230,6 @@ def _tensors(content: object) -> Iterator[tuple[str, Tensor]]:
         for key, value in content.items():
             if isinstance(key, str) and isinstance(value, Tensor):
                 yield key, value
-
-
-def hub_file(repository: str, names: Sequence[str]) -> Path:
-    """Return the first of `names` that a Hugging Face repository holds, from the local cache or downloaded.
-
-    Raises InputError if the hub cannot be reached or the repository is unknown or gated, CheckpointError if it
-    holds none of the names.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    if cached := _cached_file(repository, names):
-        return cached
-    try:
-        for name in names:
-            try:
-                return Path(hf_hub_download(repository, name))
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
-    except Exception as error:  # the hub's client raises many types: no network, unknown or gated repository
-        raise InputError(
-            f"hf-hub:{repository}: cannot download {names[0]} ({one_line(error, 160, with_type=True)}); "
-            "check the id and the network, or download the files and use local-dir:PATH"
-        ) from None
-    raise CheckpointError(f"hf-hub:{repository}: has none of {', '.join(names)}; it is not an open_clip repository")
-
-
-def is_cached(repository: str, names: Sequence[str]) -> bool:
-    """Return whether the local cache holds one of `names` of a Hugging Face repository.
-
-    Raises InputError for a bad id.
-    """
-    return _cached_file(repository, names) is not None
-
-
-def _cached_file(repository: str, names: Sequence[str]) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        for name in names:
-            if isinstance(cached := try_to_load_from_cache(repository, name), str):
-                return Path(cached)
-    except HFValidationError:
-        raise InputError(f"hf-hub:{repository}: not a repository id; write hf-hub:OWNER/NAME") from None
-    return None
 
 
 def weights_in(folder: Path, preferred: Sequence[str]) -> Path:
