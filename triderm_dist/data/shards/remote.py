@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
@@ -27,12 +28,14 @@ from triderm_dist.runtime.redact import REDACTED, URLS, redact, register_secrets
 from triderm_dist.schema import ConfigError, DataError
 
 POLL_SECONDS = 0.05
-HOST_ATTEMPTS = 4
-"""Attempts, within a few seconds, until a host without an address is taken for a wrong one."""
+HOST_ATTEMPTS = {socket.EAI_NONAME: 4, socket.EAI_AGAIN: 7}
+"""Attempts until a host whose name has no address, or is not resolved for now, is refused: a few and twenty seconds."""
 
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
+_reached = set[str]()
+"""Hosts from which this process has read a file."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 """A name that is safe in a URL, a path and a command, of which a leading - would be an option."""
@@ -79,7 +82,7 @@ class Store:
 
         A download that stalls, breaks or delivers wrong bytes is retried after a pause that doubles up to 15 s, with
         jitter. Raises DataError after `remote.total_seconds`, at once for an error that a retry cannot fix (no such
-        file, no permission, a full disk), or after `HOST_ATTEMPTS` for a host that has no address and was never
+        file, no permission, a full disk), or after `HOST_ATTEMPTS` for a host whose name is not resolved and was never
         reached; FetchStopped once `stop` is set.
         """
         if not _FILE_NAME.fullmatch(file.url):
@@ -101,7 +104,7 @@ class Store:
             except Exception as error:  # network errors have no common base class
                 if reason := self._permanent_reason(error, path):
                     raise DataError(f"{self.shown(file.url)}: {reason}") from None
-                if not self._reached and attempt == HOST_ATTEMPTS and _is_unknown_host(error):
+                if not self._reached and _is_unknown_host(error, attempt):
                     raise DataError(f"{self.shown(file.url)}: {_UNKNOWN_HOST}") from None
                 problem = one_line(error, 300, with_type=True)
             finally:
@@ -225,11 +228,11 @@ def _open_file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         raise UnknownURL(f"no file system is made of such a URL ({one_line(error, 200)})") from None
 
 
-def _is_unknown_host(error: BaseException | None) -> bool:
-    """Return whether the error, or one behind it, is that the name of a host has no address."""
+def _is_unknown_host(error: BaseException | None, attempt: int) -> bool:
+    """Return whether the error, or one behind it, is of a host's name, and this is the last of its `HOST_ATTEMPTS`."""
     while error:
-        if isinstance(error, OSError) and error.errno == socket.EAI_NONAME:
-            return True
+        if isinstance(error, OSError) and error.errno in HOST_ATTEMPTS:
+            return attempt >= HOST_ATTEMPTS[error.errno]
         error = error.__cause__ or error.__context__
     return False
 
@@ -258,14 +261,17 @@ def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig 
     """Return `work(file system, location)` of a URL, after retries of errors that may pass, as in `Store.fetch`.
 
     Raises FileNotFoundError; PermissionError; OSError for a request that the server refuses; DataError after
-    `remote.total_seconds`, after `HOST_ATTEMPTS` for a host without an address, or for a URL that no package reads.
+    `remote.total_seconds`, after `HOST_ATTEMPTS` for a host whose name is not resolved and was never
+    reached, or for a URL that no package reads.
     """
     remote = remote or RemoteConfig()
-    deadline, attempt = time.monotonic() + remote.total_seconds, 0
+    deadline, attempt, host = time.monotonic() + remote.total_seconds, 0, urlsplit(url).netloc
     while True:
         attempt += 1
         try:
-            return work(*_open_file_system(url, _file_system_options(url, remote.stall_seconds)))
+            result = work(*_open_file_system(url, _file_system_options(url, remote.stall_seconds)))
+            _reached.add(host)
+            return result
         except Exception as error:  # network errors have no common base class
             shown, text = redact(url), one_line(error, 300, with_type=True)
             match _kind_of(error):
@@ -277,7 +283,7 @@ def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig 
                     raise OSError(errno.EIO, f"refused ({text})", shown) from None
                 case "unknown":
                     raise DataError(f"{shown}: {text}; {_INSTALL}") from None
-            if attempt == HOST_ATTEMPTS and _is_unknown_host(error):
+            if host not in _reached and _is_unknown_host(error, attempt):
                 raise DataError(f"{shown}: {_UNKNOWN_HOST}") from None
             pause = pause_before(attempt)
             if time.monotonic() + pause > deadline:
