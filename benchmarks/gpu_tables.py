@@ -100,7 +100,7 @@ def training_table(cells: dict[str, Cell]) -> Iterator[str]:
         "dual CNN: EfficientNet-B3 at 384 pixels) and `milk10k_large` (two ViT-L/16, LoRA), photos in the device's "
         f"memory. Host: CPU time to give a step to an idle device. {measured_on([*chosen.values()])}"
     )
-    header = ["network", "lesions", "", "lesions/s", "MFU", "ms a step", "busy ms", "host ms", "kernels", "peak GiB"]
+    header = ["network", "lesions", "", "lesions/s", "MFU", "ms per step", "busy ms", "host ms", "kernels", "peak GiB"]
     order = [*MODELS], [*MODES]
     ranked = sorted(
         chosen.values(),
@@ -151,7 +151,7 @@ def comparison_table(cells: dict[str, Cell]) -> Iterator[str]:
         ]
         for name, cell in chosen.items()
     ]  # fmt: skip
-    yield from table(["step", "lesions/s", "MFU", "ms a step", "busy ms", "peak GiB", "ours / this"], rows)
+    yield from table(["step", "lesions/s", "MFU", "ms per step", "busy ms", "peak GiB", "ours / this"], rows)
 
 
 def ours(cells: dict[str, Cell]) -> float | None:
@@ -225,7 +225,14 @@ def photo_tables(cells: dict[str, Cell]) -> Iterator[str]:
             ]
             for name, cell in trained
         ]  # fmt: skip
-        header = ["network", "trainings at once", "lesions a step", "threads of each", "lesions/s in sum", "data wait"]
+        header = [
+            "network",
+            "trainings at once",
+            "lesions per step",
+            "threads of each",
+            "lesions/s in sum",
+            "data wait",
+        ]
         yield from table(header, rows)
     rest = {
         "tokens-base": ("tokens of a frozen ViT-B/16, eager", "photos_per_s", "photos/s"),

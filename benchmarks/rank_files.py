@@ -51,7 +51,7 @@ class RankFiles(Section):
     per_node: int = Field(8, ge=2, description="ranks of a node")
     lesions: int = Field(10_000_000, ge=1000, description="lesions of the set")
     shard_samples: int = Field(512, ge=1, description="lesions a shard")
-    per_rank: int = Field(8, ge=1, description="lesions a rank and step")
+    per_rank: int = Field(8, ge=1, description="lesions per rank and step")
     window: int = Field(131_072, ge=1, description="train.sampling.window of the case with a window")
     cases: list[Literal["folder", "window", "url"]] = Field(
         ["folder", "window", "url"], description="what is simulated"

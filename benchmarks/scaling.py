@@ -105,12 +105,12 @@ def h100_nodes(nodes: int, nics: int = 8, gbit: float = 400, latency: float = 50
 
 CLUSTERS = {
     "8 GPUs, NVLink": h100_nodes(1),
-    "16 GPUs, one 100 Gb/s NIC a node": h100_nodes(2, 1, 100, 160e-6),
-    "16 GPUs, one 400 Gb/s NIC a node": h100_nodes(2, 1, 400),
-    "16 GPUs, eight 400 Gb/s NICs a node": h100_nodes(2),
-    "64 GPUs, one 100 Gb/s NIC a node": h100_nodes(8, 1, 100, 160e-6),
-    "64 GPUs, one 400 Gb/s NIC a node": h100_nodes(8, 1, 400),
-    "64 GPUs, eight 400 Gb/s NICs a node": h100_nodes(8),
+    "16 GPUs, one 100 Gb/s NIC per node": h100_nodes(2, 1, 100, 160e-6),
+    "16 GPUs, one 400 Gb/s NIC per node": h100_nodes(2, 1, 400),
+    "16 GPUs, eight 400 Gb/s NICs per node": h100_nodes(2),
+    "64 GPUs, one 100 Gb/s NIC per node": h100_nodes(8, 1, 100, 160e-6),
+    "64 GPUs, one 400 Gb/s NIC per node": h100_nodes(8, 1, 400),
+    "64 GPUs, eight 400 Gb/s NICs per node": h100_nodes(8),
 }
 
 
@@ -250,7 +250,7 @@ def main(config: ScalingBenchmark) -> None:
         alone = network.step + 96 * network.lesion
         print(
             f"\n{name}: {network.trained / 1e6:.1f} million trained weights, {network.frozen / 1e6:.1f} frozen; "
-            f"{alone * 1e3:.1f} ms a step of 96 lesions on one H200, {network.forward:.0%} of it forward\n"
+            f"{alone * 1e3:.1f} ms per step of 96 lesions on one H200, {network.forward:.0%} of it forward\n"
             f"lesions a GPU and step that keep {TARGET:.0%}; with {config.lesions}, under DDP, efficiency, and "
             "speed in GPUs with 96"
         )

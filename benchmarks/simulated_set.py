@@ -25,7 +25,7 @@ UNLABELED_SHARE = 0.01
 
 
 def write_simulated_set(folder: Path, lesions: int, shard_samples: int = 512, seed: int = 0) -> Path:
-    """Write a set of so many lesions into a new folder, and return it. Holds about 60 bytes a lesion in memory."""
+    """Write a set of so many lesions into a new folder, and return it. Holds about 60 bytes per lesion in memory."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     photo = f"{PHOTO_BYTES:05d}".encode()

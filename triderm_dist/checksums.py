@@ -96,7 +96,7 @@ def write_checked_parquet(path: Path, table: Any, metadata: Mapping[bytes, bytes
 
 
 class ParquetRows:
-    """Writes the rows of a parquet file, one table a row group, and hashes them as they pass."""
+    """Writes the rows of a parquet file, one table per row group, and hashes them as they pass."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

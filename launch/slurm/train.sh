@@ -11,8 +11,8 @@
 # DeepSpeed keeps no averaged weights, and no running statistics of trained batch norms (dual_cnn) in bf16.
 #
 # Shards and output are in folders that every node sees. train.global_batch is ranks x train.micro_batch x accumulation
-# steps. Over one network card a node, few lesions a GPU are no faster than one GPU: docs/clusters.md has the fewest that
-# pay, by network. A larger global batch needs other learning rates.
+# steps. Over one network card per node, few lesions per GPU are no faster than one GPU: docs/clusters.md has the
+# smallest number that pays off, by network. A larger global batch needs other learning rates.
 #
 # Before the time limit, on preemption, or on `scancel --signal=USR1 JOB`, the ranks save a checkpoint and the job is
 # requeued; when it starts again it resumes. So --time may be far shorter than the training. A job whose node fails is

@@ -96,4 +96,4 @@ def test_examples_for_two_nodes_keep_90_percent_over_one_network_card(file):
     assert found and text.count("train.micro_batch=") == len(found)
     for batch, lesions, precision in found:
         assert int(batch) == 16 * int(lesions) and precision == "bf16"
-        assert efficiency(BASE, int(lesions), "DDP", CLUSTERS["16 GPUs, one 100 Gb/s NIC a node"], 2) > 0.9
+        assert efficiency(BASE, int(lesions), "DDP", CLUSTERS["16 GPUs, one 100 Gb/s NIC per node"], 2) > 0.9

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms are updated once a step, whatever happens in between."""
+"""Running statistics of batch norms are updated once per step, whatever happens in between."""
 
 import copy
 

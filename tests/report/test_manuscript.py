@@ -34,7 +34,7 @@ def test_a_sentence_states_what_the_settings_say():
     settings = experiment(f"models.a={{kind: mlp, tower: {tower}, train: {train}}}")
     (text,) = network_sentences(settings, ["a"], milk10k_task())
     for words in (
-        *("pretrained, frozen encoder (panderm_ll.pth at 224 x 224 pixels)", "7 epochs with 48 lesions a step"),
+        *("pretrained, frozen encoder (panderm_ll.pth at 224 x 224 pixels)", "7 epochs with 48 lesions per step"),
         *("learning rate 0.002", "loss 1 x cross-entropy,", "lesions in random order", "no augmentation of photos"),
         *("the clinical photo hidden with probability 0.3", "weights of the last epoch, as the mean over the last 3"),
     ):

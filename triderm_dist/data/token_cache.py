@@ -86,7 +86,7 @@ class TokenCache:
         return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
     def missing(self, versions: Collection[str]) -> list[tuple[str, int]]:
-        """List the (version, chunk) pairs that are not on disk yet. Reads one folder a version."""
+        """List the (version, chunk) pairs that are not on disk yet. Reads one folder per version."""
         result = []
         for version in versions:
             names: Collection[str] = ()
@@ -243,7 +243,7 @@ class _Chunk:
 
 
 class JoinedCache:
-    """Several caches of one token a photo in float32, read side by side as one token."""
+    """Several caches of one token per photo in float32, read side by side as one token."""
 
     def __init__(self, caches: Sequence[TokenCache]) -> None:
         self.caches = tuple(caches)

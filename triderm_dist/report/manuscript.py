@@ -63,7 +63,7 @@ def _description(model: ModelConfig, task: Task) -> str:
         average = f", as the mean over the last {train.swa_epochs} epochs"
     return (
         f"{KINDS.get(model.kind, model.kind)} on {joined(inputs) or 'nothing'}, with a {weights}, {trained} encoder "
-        f"({encoder_name(tower.source)}{size}); {train.epochs} epochs with {train.global_batch} lesions a step, "
+        f"({encoder_name(tower.source)}{size}); {train.epochs} epochs with {train.global_batch} lesions per step, "
         f"{train.optim.name} (learning rate {train.optim.lr:g}, weight decay {train.optim.weight_decay:g}, "
         f"{train.optim.schedule} schedule after {train.optim.warmup_epochs:g} warm-up epochs), "
         f"loss {' + '.join(loss)}, {_sampling(model)}, {_augmentation(model)}{_hidden(model, has)}; "
