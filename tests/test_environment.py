@@ -73,7 +73,7 @@ def test_programs_in_parallel_lose_no_record(run):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"format": "triderm-environment", "version": 9})])
-def test_unreadable_record_is_kept_and_told(run, text, capsys):
+def test_unreadable_record_is_kept_with_a_message(run, text, capsys):
     (run / "environment.json").write_text(text)
     assert read_environment(run)["starts"] == []
     with record_program(run, "stack", cli.exit_code):

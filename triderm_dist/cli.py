@@ -95,8 +95,8 @@ def run(
             folder = config.log_folder if isinstance(config, Experiment) else os.environ.get(LOG_FOLDER)
             if folder and os.environ.get("RANK", "0") == "0":
                 words = shlex.join(["triderm", program_of(main), *arguments])
-                held = lacks_log(Path(folder))  # an export stays as it is where a program refuses to work in it
-                run_log = log.enter_context(RunLog(Path(folder), f"{words} ({__version__})", held))
+                deferred = lacks_log(Path(folder))  # an export stays as it is where a program refuses to work in it
+                run_log = log.enter_context(RunLog(Path(folder), f"{words} ({__version__})", deferred))
             if isinstance(config, Experiment) and config.is_stage:
                 remove_dead_parts(config.folder, config.folder / "report", config.folder / "towers")
                 with record_program(config.folder, program_of(main), exit_code):

@@ -37,7 +37,7 @@ PACKAGES = (
 _LOCK = ".environment.lock"
 
 
-class _Made(BaseModel):
+class _Environment(BaseModel):
     gpus: list[str]
     cpu: str
     cores: int | None
@@ -56,7 +56,7 @@ class _Keys(BaseModel):
     format: str
     version: int
     data: dict[str, dict[str, Any]]
-    environments: list[_Made]
+    environments: list[_Environment]
     starts: list[_Start]
 
     @model_validator(mode="after")

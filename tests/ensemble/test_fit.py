@@ -141,7 +141,7 @@ def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> N
     assert (submissions[0][~inside] != submissions[1][~inside]).any()
 
 
-def assert_choice_is_told(folder: Path, fit: FitResult) -> None:
+def assert_choice_is_explained(folder: Path, fit: FitResult) -> None:
     """Compare the note on what predicts with the comparisons in ensemble.json."""
     choice = read_artifact(folder / "ensemble.json", schema=FitKeys)["choice"]
     assert choice["used"] == fit.chosen
@@ -157,7 +157,7 @@ def assert_choice_is_told(folder: Path, fit: FitResult) -> None:
 def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     write_run(tmp_path, lesions=450, informed=False)
     fit = fit_ensemble(tmp_path, experiment(tmp_path, use="auto"))
-    assert_choice_is_told(tmp_path, fit)
+    assert_choice_is_explained(tmp_path, fit)
     labels = read_oof(tmp_path / "oof.parquet").labels
     decisions = read_nested(tmp_path / "ensemble_oof.parquet").decisions
     chance = [metrics.macro_f1(decisions, np.random.default_rng(seed).permutation(labels)) for seed in range(50)]

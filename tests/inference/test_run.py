@@ -133,7 +133,7 @@ def test_anything_may_be_left_out(run, photos):
     assert "warning: no photo at all" in str(nothing)
 
 
-def test_what_is_unlike_the_training_set_is_told(run, photos):
+def test_warnings_name_what_is_unlike_the_training_set(run, photos):
     tiny = Image.open(photos[0]).resize((16, 12))
     warnings = run.predict(tiny, photos[1], age=110, skin_tone=5.0, site="hand").warnings
     assert "the clinical photo is only 16 x 12 pixels; the run was trained on larger ones" in warnings[0]

@@ -251,7 +251,7 @@ def test_a_prefix_is_found_if_it_is_the_only_one(module: nn.Module) -> None:
         without_prefix({**prefixed(state, "student."), **prefixed(state, "teacher.")}, module, Path("w.pth"))
 
 
-def test_timm_weights_under_a_prefix_are_loaded_and_told(tmp_path: Path) -> None:
+def test_timm_weights_under_a_prefix_are_loaded_and_reported(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=0)
     file = saved(tmp_path / "w.pth", {**prefixed(model.state_dict(), "backbone."), "loss.weight": torch.ones(3)})
     tower = build_tower(f"timm:test_resnet@{file}", image_size=64)

@@ -170,7 +170,7 @@ def test_a_row_better_than_the_figure_is_explained(run: Path, tmp_path: Path) ->
     assert "includes the choice" in page_of(content, tmp_path).text
 
 
-def test_what_predicts_is_told(run: Path, tmp_path: Path) -> None:
+def test_report_states_what_predicts(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     assert "The ensemble predicts." in Page((run / "report.html").read_text(encoding="utf-8")).text
     fit_ensemble(tmp_path / "run", experiment(tmp_path / "run", use="trimodal", enabled=False))

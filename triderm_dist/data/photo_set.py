@@ -76,7 +76,7 @@ class PhotoSet:
                 try:
                     column.append(_held(photo))
                 except (OSError, SyntaxError, ValueError) as error:
-                    raise DataError(f"{_whose(view, lesion)}: {one_line(error)}") from None
+                    raise DataError(f"{_photo_title(view, lesion)}: {one_line(error)}") from None
 
     def __len__(self) -> int:
         return len(self.lesion_ids)
@@ -133,7 +133,7 @@ class PhotoSet:
     def name_photo(self, row: int, view: str) -> str:
         """Return the path of a photo, else its view and lesion, for messages."""
         photo = self.photos[view][row]
-        return os.fspath(photo) if isinstance(photo, str | os.PathLike) else _whose(view, self.lesion_ids[row])
+        return os.fspath(photo) if isinstance(photo, str | os.PathLike) else _photo_title(view, self.lesion_ids[row])
 
     def pixels(self, row: int, view: str) -> tuple[np.ndarray, tuple[str, ...]]:
         """Return the prepared pixels (H, W, 3) uint8 of a photo, of its own size, and what was converted.
@@ -244,5 +244,5 @@ def _floats(values: np.ndarray | None, rows: int, columns: int) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32).reshape(rows, columns)
 
 
-def _whose(view: str, lesion_id: str) -> str:
+def _photo_title(view: str, lesion_id: str) -> str:
     return f"the {view} photo of lesion {lesion_id}"

@@ -74,7 +74,7 @@ def format_report(
         "(ranks, micro-batch, accumulation)" + _padding(config, world, rows, steps[0]),
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if compute is None else str(compute),
         "expected": str(expectation) if expectation else "",
-        "off": "; ".join(_off(accelerator, config, why_no_graph)),
+        "off": "; ".join(_disabled_optimizations(accelerator, config, why_no_graph)),
         "left out": _left_out(network),
     }
     return "\n".join([name, *_rows(lines), _parameter_table(network)])
@@ -152,7 +152,7 @@ def _no_peak(device: torch.device) -> str:
     return f"peak FLOP/s of {device_name(device)} is unknown; set train.peak_tflops from its data sheet"
 
 
-def _off(accelerator: Accelerator, config: TrainConfig, why_no_graph: str) -> list[str]:
+def _disabled_optimizations(accelerator: Accelerator, config: TrainConfig, why_no_graph: str) -> list[str]:
     """List the options that are turned off, each with its reason or setting."""
     off = []
     if not config.compile:

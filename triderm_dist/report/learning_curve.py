@@ -49,7 +49,7 @@ class LearningCurve:
         """Whether the extrapolated gain is beyond the noise."""
         return self.gain.low > 0
 
-    def law(self, lesions: np.ndarray) -> np.ndarray:
+    def power_law(self, lesions: np.ndarray) -> np.ndarray:
         """Return macro F1 by the power law for numbers of lesions (n,)."""
         return 1 - self.scale * lesions**-self.exponent
 

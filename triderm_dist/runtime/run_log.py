@@ -29,11 +29,11 @@ class RunLog:
     of several processes do not mix: each is appended by one write. Colors, secrets and what a progress bar
     overwrote are removed.
 
-    held: write nothing before the end, and nothing at all after `discard`.
+    deferred: write nothing before the end, and nothing at all after `discard`.
     """
 
-    def __init__(self, folder: Path, title: str, held: bool = False) -> None:
-        self._path, self._held = folder / LOG_FILE, held
+    def __init__(self, folder: Path, title: str, deferred: bool = False) -> None:
+        self._path, self._deferred = folder / LOG_FILE, deferred
         self._waiting = [f"\n=== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {title}\n"]
         self._partial: dict[str, str] = {}
         self._handle: int | None = None
@@ -53,8 +53,8 @@ class RunLog:
         for stream, text in list(self._partial.items()):
             if text:
                 self.add(stream, "\n")
-        if self._held and len(self._waiting) > 1:
-            self._held = False
+        if self._deferred and len(self._waiting) > 1:
+            self._deferred = False
             self._write()
         if self._handle is not None:
             os.close(self._handle)
@@ -73,12 +73,12 @@ class RunLog:
                 self._write()
 
     def discard(self) -> None:
-        """Forget the lines that are held."""
-        if self._held:
+        """Forget the lines that are deferred."""
+        if self._deferred:
             self._waiting.clear()
 
     def _write(self) -> None:
-        if self._held:
+        if self._deferred:
             return
         try:
             if self._handle is None:

@@ -210,7 +210,7 @@ class MappedColumns:
                 raise DataError(f"{self.folder / name}: changed or damaged; {advice}")
 
         with self._lock:
-            self._checked.once(file, compare)
+            self._checked.compare_once(file, compare)
             shape = tuple(about["shape"])
             if not np.prod(shape):
                 return np.empty(shape, about["dtype"])
@@ -236,7 +236,7 @@ class _Checked:
             lock_file(file, shared=True)
             self._file = file
 
-    def once(self, file: FileIO, compare: Callable[[], None]) -> None:
+    def compare_once(self, file: FileIO, compare: Callable[[], None]) -> None:
         """Call `compare`, which raises DataError for a damaged file, unless another process has done so and the file
         was not written since.
         """

@@ -45,7 +45,7 @@ def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool
     elif (tars := Path(where) / TARS).is_file():
         store = _IndexedStore(restore_urls(tars.read_text(encoding="utf-8").strip()), remote, Path(where))
     else:
-        return read_index(where, verify, _own_share(), cache_folder() / COLUMNS)
+        return read_index(where, verify, _shards_of_this_rank(), cache_folder() / COLUMNS)
     path = _fetch_index(store, cache_root(remote))
     cache = Cache(cache_root(remote), path.parent, store)
     cache.open(_samples_file(path, store)).close()
@@ -82,7 +82,7 @@ def index_file(where: str, remote: RemoteConfig) -> Path:
     return _fetch_index(Store(where, remote), cache_root(remote)) if is_url(where) else Path(where) / INDEX
 
 
-def _own_share() -> slice:
+def _shards_of_this_rank() -> slice:
     """Return which shards this process looks for: every one if it is alone, else every N-th of N ranks."""
     rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return slice(int(rank), None, int(ranks)) if rank.isdecimal() and ranks.isdecimal() else slice(None)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.data.synthetic.pictures import SKIN_TONE_SHARES, draw_clinical, draw_dermoscopic, draw_outline
-from triderm_dist.data.synthetic.table import MISSING, SWAPPED, allot, draw_cell, write_csv
+from triderm_dist.data.synthetic.table import MISSING, SWAPPED, allocate, draw_cell, write_csv
 from triderm_dist.schema import MetadataField, Task
 from triderm_dist.tasks import load_task
 
@@ -85,7 +85,7 @@ def write_part(
     from PIL import Image
 
     generator = np.random.default_rng(seed)
-    diagnoses = generator.permutation(np.repeat(list(SHARES), allot(list(SHARES.values()), lesions, minimum)))
+    diagnoses = generator.permutation(np.repeat(list(SHARES), allocate(list(SHARES.values()), lesions, minimum)))
     titles = {each.name: each.title for each in TASK.diagnoses}
     more = [each for each in task.fields if each.column not in COLUMNS]
     lesion_numbers = generator.choice(10**6, lesions, replace=False)

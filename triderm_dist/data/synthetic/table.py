@@ -42,7 +42,7 @@ def write_part(
 
     generator = np.random.default_rng(seed)
     shares = 0.8 ** np.arange(len(task.diagnoses))
-    labels = generator.permutation(np.repeat(np.arange(len(shares)), allot(shares / shares.sum(), lesions, minimum)))
+    labels = generator.permutation(np.repeat(np.arange(len(shares)), allocate(shares / shares.sum(), lesions, minimum)))
     levels = levels_of(task)
     (folder / PHOTOS).mkdir()
     rows, truths = [], []
@@ -122,7 +122,7 @@ def levels_of(task: Task) -> np.ndarray:
     return free[taken] / (steps - 1)
 
 
-def allot(shares: Sequence[float] | np.ndarray, lesions: int, minimum: int) -> list[int]:
+def allocate(shares: Sequence[float] | np.ndarray, lesions: int, minimum: int) -> list[int]:
     """Return the number of lesions of each diagnosis: by share, at least `minimum` each. Raises ConfigError."""
     wanted = lesions * np.asarray(shares)
     if lesions < minimum * len(wanted):

@@ -81,7 +81,7 @@ def _draw(figure: Any, curves: list[LearningCurve]) -> None:
         axes.errorbar(lesions * shift, values[0], yerr=ends, fmt="o", color=color, markersize=5, label=curve.model)
         for part, style in (((lesions[0], lesions[-1]), "-"), ((lesions[-1], BEYOND * lesions[-1]), (0, (4, 3)))):
             x = np.geomspace(*part, 40)
-            axes.plot(x, curve.law(x), color=color, linewidth=1.2, linestyle=style)
+            axes.plot(x, curve.power_law(x), color=color, linewidth=1.2, linestyle=style)
     ticks = [*curves[0].lesions, BEYOND * curves[0].lesions[-1]]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{round(tick):,}" for tick in ticks])
