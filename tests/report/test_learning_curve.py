@@ -39,7 +39,9 @@ def test_power_law_is_recovered_and_extrapolated() -> None:
     assert curve.exponent == pytest.approx(0.4, abs=0.1)
     assert curve.expected.value == pytest.approx(1 - 2.0 * 2000**-0.4, abs=0.01)
     assert curve.expected.low < curve.expected.value < curve.expected.high
-    assert curve.gain.value == pytest.approx(float(curve.power_law(np.array(2000.0)) - curve.law(np.array(1000.0))))
+    assert curve.gain.value == pytest.approx(
+        float(curve.power_law(np.array(2000.0)) - curve.power_law(np.array(1000.0)))
+    )
     assert curve.helps and curve.half.value == pytest.approx(scores[2] - scores[1])
 
 
