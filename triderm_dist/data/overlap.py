@@ -65,7 +65,7 @@ class Thumbnails:
 
     def missing(self) -> list[int]:
         """List the files that are not on disk yet, by number."""
-        return [number for number in range(-(-len(self.index) // CHUNK)) if not self._path(number).exists()]
+        return [number for number in self._numbers if not self._path(number).exists()]
 
     def compute(self, number: int, workers: int) -> None:
         """Write one file, decoding in threads. Raises DataError for a photo that does not decode."""
@@ -94,8 +94,7 @@ class Thumbnails:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return digests (N, 2) uint64, 0 if a view is missing, and thumbnails (N, 2, SIDE, SIDE, 3) uint8."""
-        parts = [self._read(number) for number in range(-(-len(self.index) // CHUNK))]
-        digests, thumbnails = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        digests, thumbnails = (np.concatenate(arrays) for arrays in zip(*map(self._read, self._numbers), strict=True))
         return digests, thumbnails
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +111,11 @@ class Thumbnails:
         if [(each.dtype, each.shape) for each in (digests, thumbnails)] != [(np.dtype(d), s) for d, s in expected]:
             raise DataError(f"{path}: changed or damaged; delete it, and the next run computes it again")
         return digests, thumbnails
+
+    @property
+    def _numbers(self) -> range:
+        """The numbers of all files."""
+        return range(-(-len(self.index) // CHUNK))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"

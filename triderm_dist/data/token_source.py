@@ -77,8 +77,7 @@ class JointSource(ViewSource):
 
     def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         parts = [source.fetch(pool, rows, rng, device) for source in self.sources]
-        views, jobs = ([each for part in parts for each in getattr(part, name)] for name in ("views", "jobs"))
-        return Fetched(views, jobs, parts)
+        return Fetched.join(parts, parts)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         parts = zip(self.sources, fetched.memory, strict=True)

@@ -169,7 +169,7 @@ class LesionUnion:
         return replace(self.main.inputs(rows), class_mask=full, weights=np.ones(len(rows), np.float32))
 
 
-class UnionSource:
+class UnionSource(ViewSource):
     """The views of a union's lesions, read by the source of each set; zeros for a view that a set's task lacks.
 
     sources: of the main set, then of each extra set, all of the same kind and size.  views: of the main set's task.
@@ -198,8 +198,7 @@ class UnionSource:
             _Part(number, positions, self.sources[number].fetch(pool, own, rng and rng.take(positions), device))
             for number, positions, own in self.union.split(rows)
         ]
-        views, jobs = ([each for part in parts for each in getattr(part.fetched, name)] for name in ("views", "jobs"))
-        return Fetched(views, jobs, parts)
+        return Fetched.join([part.fetched for part in parts], parts)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         parts: list[_Part] = fetched.memory

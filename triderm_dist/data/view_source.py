@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +31,12 @@ class Fetched:
     views: list[torch.Tensor]
     jobs: list[Future[None]]
     memory: Any = None
+
+    @classmethod
+    def join(cls, parts: Sequence[Fetched], memory: Any) -> Fetched:
+        """Return the tensors and jobs of several sources as one."""
+        views, jobs = [view for part in parts for view in part.views], [job for part in parts for job in part.jobs]
+        return cls(views, jobs, memory)
 
     def wait(self) -> None:
         """Wait until the tensors are filled. Raises what a job raised."""
