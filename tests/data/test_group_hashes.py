@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_challenge
+from tests.data.shards.test_index_foreign import write_foreign
 from triderm_dist.commands.pack import PackConfig, main
 from triderm_dist.config import DataConfig
 from triderm_dist.data import group_hashes
@@ -28,6 +29,7 @@ from triderm_dist.engine.fold import assigned_folds
 from triderm_dist.schema import DataError, InputError
 
 PATIENT = "MRN-000{}-Smith"
+NAMES = ("=Smith", "P1", "Smith" * 41, "P2")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,24 @@ def test_no_packed_file_holds_a_patient_id(source, packed):
         for other in hashed:
             assert (hashed[one] == hashed[other]) == (clear[one] == clear[other])
     assert verify(index, folds=2, fold_seed=0) == []
+
+
+def test_no_problem_holds_an_invalid_patient_id(tmp_path):
+    challenge = write_challenge(tmp_path / "challenge", lesions=33)
+    for number, row in enumerate(challenge.metadata):
+        row["patient_id"] = "=Smith" if number < 2 else f"P{number // 4}"
+    challenge.write()
+    pack(challenge.folder, tmp_path / "out")
+    write_foreign(tmp_path / "theirs", lesions=12, change=lambda sample, at: sample["json"].update(group=NAMES[at % 4]))
+    index_shards(tmp_path / "theirs", invalid="drop", hashing=GroupHashing())
+    for folder, count in (("out", 2), ("theirs", 6)):
+        problems = read_index(tmp_path / folder).problems
+        assert len(problems) == count and "Smith" not in (tmp_path / folder / "index.json").read_text()
+        assert {problem.what.split(",")[0] for problem in problems} <= {
+            "patient_id begins with =",
+            "group begins with =",
+            "group must have at most 200 characters",
+        }
 
 
 def test_file_of_groups_is_private_and_names_every_group(packed, source):

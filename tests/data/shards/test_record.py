@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[bytes | None, bytes | None, str]] = {
     "label of a truth value": (b'{"label": true}', None, "label is a bool"),
     "group of a mapping": (b'{"group": {"id": 3}}', None, "group is a dict"),
     "cls": (None, b"\xff\xfe1", "its .cls is not a text in UTF-8"),
-    "direction of writing": (b'{"group": "P\xe2\x80\xae1"}', None, r"group 'P\u202e1' must have"),
+    "direction of writing": (b'{"group": "P\xe2\x80\xae1"}', None, "group must have"),
     "control character": (rb'{"lesion_id": "L\u00001"}', None, r"lesion_id 'L\x001' must have"),
     "long group": (json.dumps({"group": "P" * 201}).encode(), None, "at most 200 characters"),
     "concept": (rb'{"concepts": {"a\nb": 0.5}}', None, r"the name of the concept 'a\nb' must"),

@@ -193,7 +193,8 @@ class ParsedColumns:
         texts = Text(pa.chunked_array([names]))
         wrong = {at: why for at, name in enumerate(texts) if not missing[at] and (why := why_no_id(name))}
         for row, code in rows_of(wrong, codes):
-            self.add_problem(row, "row", f"{column} {quoted(texts[code])} {wrong[code]}")
+            # Without the text: index.json holds problems also where groups are replaced by hashes.
+            self.add_problem(row, "row", f"{column} {wrong[code]}")
         self.notes += spelled_alike(names.filter(pa.array(~missing)), column)
         return np.where(missing[codes], -1, codes).astype(np.int32), texts
 

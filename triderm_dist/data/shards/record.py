@@ -137,7 +137,7 @@ def parse_record(
     concepts = _mapping(cells, "concepts") or _own_concepts({**metadata, **cells}, task)
     if odd := next((name for name in concepts if not name.isprintable() or not 0 < len(name) <= MAX_NAME), None):
         raise ValueError(f"the name of the concept {odd!r:.80} must have 1 to {MAX_NAME} printable characters")
-    groups = (_name(cells, name) for name in (*GROUP_KEYS, task.columns.group or ""))
+    groups = (_name(cells, name, private=True) for name in (*GROUP_KEYS, task.columns.group or ""))
     return Record(
         lesion_id=lesion_id,
         group=next((text for text in groups if not is_missing(text, task.missing_words)), lesion_id),
@@ -202,14 +202,18 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _name(cells: Mapping[str, Any], name: str) -> str:
-    """Return an id or label of a record. Raises ValueError for a value that is no text or number."""
+def _name(cells: Mapping[str, Any], name: str, private: bool = False) -> str:
+    """Return an id or label of a record. Raises ValueError for a value that is no text or number.
+
+    private: without quoting it, since index.json holds the message, also where groups are replaced by hashes.
+    """
     value = cells.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
         raise ValueError(f"{name} is a {type(value).__name__}, not a text or number")
     text = _text(value)
     if len(text) > MAX_NAME or not text.isprintable():
-        raise ValueError(f"{name} {text!r:.80} must have at most {MAX_NAME} characters, all printable")
+        shown = "" if private else f" {text!r:.80}"
+        raise ValueError(f"{name}{shown} must have at most {MAX_NAME} characters, all printable")
     return text
 
 

@@ -38,7 +38,7 @@ from triderm_dist.data.shards.tar_members import DamagedTar, tar_members
 from triderm_dist.data.threads import map_in_order
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256
-from triderm_dist.runtime.messages import listed, printable, quoted
+from triderm_dist.runtime.messages import listed, printable
 from triderm_dist.schema import VIEWS, Task
 
 Member = tuple[int, int]
@@ -341,8 +341,8 @@ class _SampleCheck:
                 problem = Problem(name, "label" if label else "record", where, str(error))
                 return _Checked(None, problems=[problem], unknown_label=label)
             if record.group != record.lesion_id and (wrong := why_no_id(record.group)):
-                what = f"group {quoted(record.group)} {wrong}"
-                return _Checked(None, problems=[Problem(record.lesion_id, "record", where, what)])
+                # Without the text: index.json holds problems also where groups are replaced by hashes.
+                return _Checked(None, problems=[Problem(record.lesion_id, "record", where, f"group {wrong}")])
             return self._with_photos(sample, record, read)
 
     def _with_photos(self, sample: _Sample, record: Record, read: Callable[[Member], bytes]) -> _Checked:
