@@ -94,6 +94,16 @@ def test_settings_that_differ_are_listed_without_places(runs: list[Path], tmp_pa
     assert settings == {"stack.booster": ("softprob", "multi_output")}  # a version without oof.tta is no difference
 
 
+def test_secrets_that_an_earlier_version_saved_are_not_shown(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "again")
+    config = tmp_path / "again" / "config.yaml"
+    text = config.read_text().replace("transforms: 8", "transforms: 2")
+    config.write_text(f"{text}mine: {{api_key: abcdefgh12345}}\n")
+    assert Comparison([runs[0], tmp_path / "again"]).runs[1].settings["mine.api_key"] == "***"
+    assert Content(tmp_path / "again").transforms == (1, 2)
+    assert "abcdefgh12345" not in Content(tmp_path / "again").settings
+
+
 def test_unreadable_settings_are_named(runs: list[Path], tmp_path: Path) -> None:
     shutil.copytree(runs[0], tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("x: [")

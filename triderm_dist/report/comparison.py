@@ -11,18 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from triderm_dist import intervals
-from triderm_dist.config import CONFIG_FILE
 from triderm_dist.intervals import Interval
 from triderm_dist.metrics import METRICS, macro_f1
 from triderm_dist.predictions import rows_of
 from triderm_dist.report.content import Content
 from triderm_dist.schema import DataError, InputError, Task
-from triderm_dist.settings import flatten, parse_yaml, untyped, yaml_text
+from triderm_dist.settings import flatten, yaml_text
 
 RESAMPLES = 4000
 """Resamples of a difference in macro F1: its corrected interval needs its far tails."""
@@ -248,9 +246,9 @@ def _aligned(content: Content, name: str, first: Content) -> ComparedRun:
             f"{content.folder}: lesion {wanted.lesion_ids[differs[0]]} has another label than in {first.folder} "
             f"({len(differs):,} such lesions); compare runs on the same labels"
         )
-    settings = untyped(parse_yaml(content.settings, str(content.folder / CONFIG_FILE))) or {}
+    settings = {key: yaml_text(value) for key, value in flatten(content.settings_tree).items() if key not in PLACES}
     return ComparedRun(
-        name, content.folder, rows.probabilities[order], rows.decisions[order], rows.folds[order], _shown(settings)
+        name, content.folder, rows.probabilities[order], rows.decisions[order], rows.folds[order], settings
     )
 
 
@@ -259,11 +257,6 @@ def _other_lesions(lacks: Content, has: Content, missing: Sequence[str] | np.nda
         f"{lacks.folder}: lacks lesion {missing[0]} of {has.folder} ({len(missing):,} such lesions); compare runs that "
         "were stacked on the same lesions"
     )
-
-
-def _shown(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings by dotted key as text, without those of `PLACES`."""
-    return {key: yaml_text(value) for key, value in flatten(settings).items() if key not in PLACES}
 
 
 def _partition(folds: np.ndarray) -> bytes:

@@ -42,7 +42,7 @@ from triderm_dist.report.lesion_lists import LesionLists
 from triderm_dist.report.missing_inputs import MissingInput, score_missing_inputs
 from triderm_dist.report.provenance import Provenance
 from triderm_dist.report.slices import ScoredLesions, SliceScore, all_slice_masks, score_slices
-from triderm_dist.runtime.redact import redact
+from triderm_dist.runtime.redact import redact, redact_tree
 from triderm_dist.schema import UNLABELED, DataError, InputError
 from triderm_dist.settings import NULL, parse_yaml, untyped
 
@@ -124,13 +124,24 @@ class Content:
     @cached_property
     def settings(self) -> str:
         """The text of config.yaml without secrets, which earlier versions saved; "" if there is none."""
+        return redact(self._settings_text)
+
+    @cached_property
+    def settings_tree(self) -> dict[str, Any]:
+        """The content of config.yaml without secrets; {} if there is none. Raises ConfigError naming the file."""
+        # Not that of `settings`: in YAML, *** without quotes is an alias.
+        tree = untyped(parse_yaml(self._settings_text, str(self.folder / CONFIG_FILE))) or {}
+        return dict(redact_tree(tree))
+
+    @cached_property
+    def _settings_text(self) -> str:
         path = self.folder / CONFIG_FILE
-        return redact(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     @cached_property
     def transforms(self) -> tuple[int, int]:
         """Over how many transforms out-of-fold and test predictions are averaged, by config.yaml."""
-        settings = untyped(parse_yaml(self.settings, str(self.folder / CONFIG_FILE))) or {}
+        settings = self.settings_tree
         return (settings.get("oof") or {}).get("tta", 1), (settings.get("predict") or {}).get("transforms", 8)
 
     @cached_property
