@@ -29,7 +29,7 @@ from triderm_dist.predictions import (
     write_oof,
     write_predictions,
 )
-from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
+from triderm_dist.schema import DIAGNOSES, ConfigError, DataError, TaskColumns
 from triderm_dist.tasks import milk10k_task
 
 C = len(DIAGNOSES)
@@ -105,7 +105,7 @@ def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
     expected = calibration.member_probabilities(tests, "trimodal", alone.temperatures[0])
     np.testing.assert_allclose(results.probabilities, expected, atol=1e-12)
     for use in ("other", "stack"):  # there is no stacker
-        with pytest.raises(DataError, match=rf"ensemble\.use={use}: no such member; write auto, ensemble or one of"):
+        with pytest.raises(ConfigError, match=rf"ensemble\.use={use}: no such member; "):
             fit_ensemble(tmp_path, experiment(tmp_path, use=use, enabled=False))
     fit_ensemble(tmp_path, experiment(tmp_path, use="stack"))
     assert Ensemble.load(tmp_path / "ensemble.json").members == (*MODELS, "stack")  # whose columns are of all networks

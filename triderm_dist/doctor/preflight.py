@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.config import Experiment, mean_of_seeds, seeds_of_models
+from triderm_dist.config import Experiment
 from triderm_dist.data.folds import assign_folds, decimal_order
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Spellings
@@ -20,7 +20,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.ensemble.nested_stack import check_stackable
-from triderm_dist.ensemble.run_files import AUTO, ENSEMBLE, STACKER
+from triderm_dist.ensemble.weights import check_use
 from triderm_dist.files import check_no_file
 from triderm_dist.runtime.messages import did_you_mean
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, Task
@@ -97,12 +97,7 @@ def check_members(experiment: Experiment) -> None:
     for name in experiment.ensemble.members or ():
         if name not in experiment.models:
             raise ConfigError(f"ensemble.members: no model is named {name!r}; {did_you_mean(name, experiment.models)}")
-    networks = experiment.ensemble.members or tuple(experiment.models)
-    means = map(mean_of_seeds, seeds_of_models(experiment.models, networks))
-    known = (AUTO, ENSEMBLE, *networks, *means, *([STACKER] if experiment.stack.enabled else []))
-    use = experiment.ensemble.use
-    if use not in known:
-        raise ConfigError(f"ensemble.use={use}: no such member; {did_you_mean(use, known)}")
+    check_use(experiment, experiment.ensemble.members or tuple(experiment.models))
 
 
 def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:

@@ -8,15 +8,14 @@ as CSV: oof_submission.csv in the format of the task's challenge, else oof_proba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
-from triderm_dist import intervals, metrics
+from triderm_dist import intervals
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import Experiment, import_plugins, mean_of_seeds, seeds_of_models
 from triderm_dist.data.threads import openmp_threads
@@ -31,13 +30,11 @@ from triderm_dist.ensemble.fitted_stacker import (
     stacker_kind,
 )
 from triderm_dist.ensemble.nested_stack import NestedStack, choose_columns, inner_folds, nested_stack
+from triderm_dist.ensemble.notes import biased_scores, explain_choice, explain_columns, seed_spread
 from triderm_dist.ensemble.run_files import (
     ALIGNMENTS_FILE,
-    AUTO,
     CHOSEN,
-    ENSEMBLE,
     ENSEMBLE_FILE,
-    FITTED,
     NESTED_FILE,
     OOF_FILE,
     OOF_PREFIX,
@@ -49,14 +46,13 @@ from triderm_dist.ensemble.run_files import (
     write_nested,
 )
 from triderm_dist.ensemble.sampling import search_rows
-from triderm_dist.ensemble.score_table import TITLES, ScoreRow, ScoreTable
+from triderm_dist.ensemble.score_table import ScoreRow, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, embedding_tower, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.stacker_process import run_in_child
-from triderm_dist.ensemble.weights import Choice, FitOptions, NestedEstimate, fit_candidates, nested_estimate
+from triderm_dist.ensemble.weights import FitOptions, NestedEstimate, check_use, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
 from triderm_dist.files import file_sha256
-from triderm_dist.intervals import MOST_DECIMALS, Interval
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
 from triderm_dist.submission import Results, write_results
@@ -103,9 +99,9 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> FitResult:
     choice = nested.choice
     chosen = choice.used if choice else next(iter(candidates))
     ensemble = candidates[chosen].ensemble.with_temperatures(temperatures)
-    notes += _explain_choice(choice, config.ensemble.use) if choice else ["a single member: no weights to fit"]
-    notes += _seed_spread(models, nested, table.labels, config)
-    notes += _biased_scores(models, config)
+    notes += explain_choice(choice, config.ensemble.use) if choice else ["a single member: no weights to fit"]
+    notes += seed_spread(models, nested, table.labels, config)
+    notes += biased_scores(models, config)
     if stacker and stacker.absent:
         notes.append(f"the stacker had no training row of {', '.join(stacker.absent)}")
 
@@ -126,7 +122,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> FitResult:
         folds=len(np.unique(table.folds)),
         scores={row.name: row.json() for row in rows},
         pairs=scores.pairs(),
-        choice=_choice_json(choice) if choice else None,
+        choice=choice.json() if choice else None,
         picks={str(fold): pick for fold, pick in nested.picks.items()},
         weights_of={model: sorted(set(table.hashes[model])) for model in models},
         stacker=stacker.model.summary() if stacker else None,
@@ -143,11 +139,7 @@ def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ..
     table = read_oof(path, features="features" in config.stack.extra)
     _check_networks(path, table)
     models = _networks(table, config.ensemble.members, path)
-    known = (*models, *_seed_means(models, config), *([STACKER] if config.stack.enabled else []))
-    if config.ensemble.use not in (AUTO, ENSEMBLE, *known):
-        raise DataError(
-            f"ensemble.use={config.ensemble.use}: no such member; write {AUTO}, {ENSEMBLE} or one of {', '.join(known)}"
-        )
+    check_use(config, models)
     notes = []
     usable = table.complete(models) & labeled(table)
     if not usable.all():
@@ -267,7 +259,7 @@ def _fit_stacker(
             variants[extra] = _training_rows(columns, table, names, extra)
         nested_stacks = {extra: nested_stack(each, table.folds, stack, seed) for extra, each in variants.items()}
         kept, nested, scores = choose_columns(nested_stacks, table.labels, table.folds)
-        notes = [_explain_columns(kept, scores)] if stack.extra else []
+        notes = [explain_columns(kept, scores)] if stack.extra else []
         # No held-out rows are left for early stopping: the number of rounds comes from the stackers of the folds.
         stackers = list(nested.stackers.values())
         stacker = fit_stacker(variants[kept], stack, seed, openmp_threads(), fold_stackers=stackers)
@@ -298,87 +290,6 @@ def _training_rows(columns: Columns, table: OofTable, names: tuple[str, ...], ex
     )
 
 
-def _explain_columns(kept: str, scores: Mapping[str, float]) -> str:
-    """Describe the choice of extra columns. scores: nested macro F1 by argmax of each choice, "" for none."""
-    others = ", ".join(f"{score:.3f} with {extra}" for extra, score in scores.items() if extra)
-    return f"extra columns of the stacker, nested macro F1 by argmax: {scores['']:.3f} without, {others}; " + (
-        f"{kept} are kept" if kept else "none is kept"
-    )
-
-
-def _choice_json(choice: Choice) -> dict[str, Any]:
-    """Return what ensemble.json stores as `choice`."""
-    return {
-        "used": choice.used,
-        "ensemble": choice.ensemble,
-        "network": choice.network,
-        "difference": choice.over_network.json(),
-        "stacker": choice.over_stacker.json() if choice.over_stacker else None,
-        "counted": choice.nested_score,
-    }
-
-
-def _explain_choice(choice: Choice, use: str) -> list[str]:
-    """Describe the choice of the ensemble's weights and of what predicts, one sentence each. use: `ensemble.use`."""
-    scores, network = choice.scores, choice.network
-    others = {name: score for name, score in scores.items() if name != FITTED}
-    best = max(others, key=lambda name: others[name])
-    fitted, other = _distinct_texts(scores[FITTED], others[best])
-    other = f"{TITLES.get(best, best)} ({other})"
-    if choice.ensemble == FITTED:
-        weights = f"the ensemble has fitted weights: their nested score {fitted} on these lesions beats {other}"
-    else:
-        weights = f"the ensemble is the plain mean: the nested score of fitted weights ({fitted}) does not beat {other}"
-    # Of the ensemble, whose weights are chosen in each fold on the other folds, so that it may equal no row.
-    own = scores[network] + choice.over_network.value
-    compared = f"the ensemble ({own:.3f}, its weights chosen for each fold on the other folds) "
-    compared += _beats(f"its best network, {network} ({scores[network]:.3f}),", choice.over_network)
-    if choice.over_stacker:
-        compared += f"; it {_beats('the stacker', choice.over_stacker)}"
-    if use != AUTO:
-        what = "the ensemble" if use == ENSEMBLE else use
-        return [weights, f"as ensemble.use says, {what} predicts; {compared}"]
-    nested = (
-        f"this choice was made on all these lesions; made for each fold on the other folds, it scores "
-        f"{choice.nested_score:.3f}"
-    )
-    if choice.used == network:
-        return [weights, f"one model predicts: {network}; {compared}; {nested}"]
-    return [weights, f"the ensemble predicts; {compared}; {nested}"]
-
-
-def _distinct_texts(one: float, other: float) -> tuple[str, str]:
-    """Return the texts of two scores, with more decimals than three where these are the same."""
-    texts = ((f"{one:.{decimals}f}", f"{other:.{decimals}f}") for decimals in range(3, MOST_DECIMALS + 1))
-    return next((pair for pair in texts if pair[0] != pair[1]), (f"{one:.3f}", f"{other:.3f}"))
-
-
-def _beats(rival: str, gap: Interval) -> str:
-    """Say whether the ensemble beats a rival. gap: their difference."""
-    beats = f"{'beats' if gap.low > 0 else 'does not beat'} {rival} beyond the noise"
-    value, low, high = gap.signed()
-    return f"{beats} (nested difference {value}, {low} to {high})"
-
-
-def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:
-    """Return notes on the nested macro F1 of models that were trained with several seeds."""
-    notes = []
-    for name, seeds in seeds_of_models(config.models, models).items():
-        scores = [metrics.macro_f1(nested.decisions[each], labels) for each in seeds]
-        spread = f"{min(scores):.3f} to {max(scores):.3f}, standard deviation {np.std(scores, ddof=1):.3f}"
-        notes.append(f"{name}: nested macro F1 of its {len(seeds)} seeds {spread}; they share one weight")
-    return notes
-
-
 def _seed_means(models: Sequence[str], config: Experiment) -> dict[str, list[str]]:
     """Return the networks whose mean is the mean of a model's seeds, by the name of that mean."""
     return {mean_of_seeds(name): seeds for name, seeds in seeds_of_models(config.models, models).items()}
-
-
-def _biased_scores(models: tuple[str, ...], config: Experiment) -> list[str]:
-    """Return notes on models whose epoch was selected on the lesions that they predict."""
-    return [
-        f"{model} kept the epoch that was best on the fold it predicts (train.select=best): its scores are too high"
-        for model in models
-        if model in config.models and config.models[model].train.select == "best"
-    ]

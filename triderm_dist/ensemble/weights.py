@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from triderm_dist import intervals, metrics
-from triderm_dist.config import EnsembleConfig, mean_of_seeds
+from triderm_dist.config import EnsembleConfig, Experiment, mean_of_seeds, seeds_of_models
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.calibration import weighted_sum
 from triderm_dist.ensemble.run_files import AUTO, CHOSEN, ENSEMBLE, FITTED, MEAN, STACKER
 from triderm_dist.ensemble.sampling import on_all_cores, search_rows
 from triderm_dist.ensemble.thresholds import Resamples, best_thresholds, choose_thresholding, thresholdings
+from triderm_dist.runtime.messages import did_you_mean
+from triderm_dist.schema import ConfigError
 
 
 def fit_weights(
@@ -130,6 +133,14 @@ def _seed_shares(names: Sequence[str], seeds: Sequence[Sequence[str]]) -> np.nda
     return shares / shares.sum(axis=1, keepdims=True)
 
 
+def check_use(config: Experiment, networks: Sequence[str]) -> None:
+    """Raise ConfigError where `ensemble.use` names nothing that these networks and the stacker can be combined to."""
+    use, means = config.ensemble.use, map(mean_of_seeds, seeds_of_models(config.models, networks))
+    known = (AUTO, ENSEMBLE, *networks, *means, *([STACKER] if config.stack.enabled else []))
+    if use not in known:
+        raise ConfigError(f"ensemble.use={use}: no such member; {did_you_mean(use, known)}")
+
+
 def choose_weighting(scores: Mapping[str, float]) -> str:
     """Choose the ensemble's weights by the score of each weighting: `fitted` if it beats `mean` and every member, else
     `mean`. With a single member, that member.
@@ -168,6 +179,17 @@ class Choice:
     over_network: intervals.Interval
     over_stacker: intervals.Interval | None
     nested_score: float
+
+    def json(self) -> dict[str, Any]:
+        """Return what ensemble.json stores as `choice`."""
+        return {
+            "used": self.used,
+            "ensemble": self.ensemble,
+            "network": self.network,
+            "difference": self.over_network.json(),
+            "stacker": self.over_stacker.json() if self.over_stacker else None,
+            "counted": self.nested_score,
+        }
 
 
 @dataclass(frozen=True)
