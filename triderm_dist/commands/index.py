@@ -23,7 +23,6 @@ triderm index folder=s3://BUCKET/their_shards
 triderm index folder=https://HOST/their_shards output=runs/theirs
 """
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,7 @@ def main(config: IndexConfig) -> None:
     from triderm_dist.data.shards.foreign_folder import folder_task
     from triderm_dist.data.shards.index_foreign import index_shards, index_slice
     from triderm_dist.data.shards.publish import local_name
+    from triderm_dist.distributed.ray_tasks import ray_tasks
     from triderm_dist.tasks import load_task, milk10k_task
 
     part = slice_of(config.slice)
@@ -100,13 +100,8 @@ def main(config: IndexConfig) -> None:
         "workers": config.workers,
     }
     try:
-        with ExitStack() as stack:
-            distribute = None
-            if config.address:
-                from triderm_dist.distributed.ray_tasks import ray_tasks
-
-                distribute = stack.enter_context(ray_tasks(config.address, config.workers or 1, "scanning"))
-            progress = stack.enter_context(progress_bar("scanning shards"))
+        tasks = ray_tasks(config.address, config.workers or 1, "scanning")
+        with tasks as distribute, progress_bar("scanning shards") as progress:
             if part:
                 problems = index_slice(config.folder, *part, **options, progress=progress)
                 print_problems(problems, table.with_name(f"{table.stem}-{part[0]}-of-{part[1]}.csv"))

@@ -19,7 +19,6 @@ triderm pack source=CLINIC output=runs/clinic/shards/train address=auto
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +78,7 @@ def main(config: PackConfig) -> None:
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.pack import pack_shards, pack_slice
     from triderm_dist.data.shards.publish import local_name
+    from triderm_dist.distributed.ray_tasks import ray_tasks
 
     part, name = slice_of(config.slice), local_name(config.output)
     _check(config)
@@ -86,13 +86,8 @@ def main(config: PackConfig) -> None:
         dataset, hashes = _read(config)
         for note in dataset.notes:
             print(f"note: {note}")
-        with ExitStack() as stack:
-            distribute = None
-            if config.address:
-                from triderm_dist.distributed.ray_tasks import ray_tasks
-
-                distribute = stack.enter_context(ray_tasks(config.address, config.workers or 1, "packing"))
-            progress = stack.enter_context(progress_bar("packing lesions"))
+        tasks = ray_tasks(config.address, config.workers or 1, "packing")
+        with tasks as distribute, progress_bar("packing lesions") as progress:
             options: dict[str, Any] = {
                 "short_side": config.short_side,
                 "shard_samples": config.shard_samples,

@@ -17,13 +17,17 @@ RETRIES = 5
 
 
 @contextmanager
-def ray_tasks(address: str, cpus: int, doing: str) -> Iterator[Distribute]:
-    """Context with a function that has shards worked on by the Ray cluster at `address`, each on `cpus` cores.
+def ray_tasks(address: str | None, cpus: int, doing: str) -> Iterator[Distribute | None]:
+    """Context with a function that has shards worked on by the Ray cluster at `address`, each on `cpus` cores; None
+    without an address.
 
     doing: the kind of work, such as "packing", for the line with the number of concurrent tasks. Paths in the work are
     absolute: the processes have other working folders. Raises InputError if Ray does not start, ConfigError if no
     machine has the cores.
     """
+    if address is None:
+        yield None
+        return
     require("address", "ray")
     with running_ray(address, cpus, setting="address"):
         fitting, largest = cluster_capacity({"CPU": cpus})
