@@ -33,7 +33,7 @@ from triderm_dist.ensemble.stack_inputs import (
     column_names,
     embedding_tower,
     embeddings_path,
-    stacker_columns,
+    training_columns,
     write_embeddings,
 )
 from triderm_dist.ensemble.stacker import TrainingRows
@@ -163,7 +163,7 @@ def test_wide_columns_of_the_stacker_are_computed_for_new_photos(folder, extra):
         save_alignments(folder / ALIGNMENTS_FILE, fit_alignments(parts))
     else:
         embed(load(EmbedRun, None, [f"run={folder}", f"data.test_shards={folder / 'shards' / 'test'}"]))
-    columns = stacker_columns(folder, extra, table, models)
+    columns = training_columns(folder, extra, table, models)
     names = column_names(table, models)
     rows = TrainingRows(
         source=columns, indices=np.arange(len(table)), labels=table.labels, groups=table.groups, names=names,

@@ -47,7 +47,7 @@ from triderm_dist.ensemble.run_files import (
 )
 from triderm_dist.ensemble.sampling import search_rows
 from triderm_dist.ensemble.score_table import ScoreRow, ScoreTable
-from triderm_dist.ensemble.stack_inputs import base_columns, column_names, embedding_tower, stacker_columns
+from triderm_dist.ensemble.stack_inputs import base_columns, column_names, embedding_tower, training_columns
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.stacker_process import run_in_child
 from triderm_dist.ensemble.weights import FitOptions, NestedEstimate, check_use, fit_candidates, nested_estimate
@@ -255,7 +255,7 @@ def _fit_stacker(
             files = [path for model in models for path in sorted(run_folder.glob(f"{model}/fold-*/test.parquet"))]
             save_alignments(run_folder / ALIGNMENTS_FILE, fit_alignments([read_predictions(path) for path in files]))
         for extra in stack.extra:
-            columns = stacker_columns(run_folder, extra, table, models)
+            columns = training_columns(run_folder, extra, table, models)
             variants[extra] = _training_rows(columns, table, names, extra)
         nested_stacks = {extra: nested_stack(each, table.folds, stack, seed) for extra, each in variants.items()}
         kept, nested, scores = choose_columns(nested_stacks, table.labels, table.folds)

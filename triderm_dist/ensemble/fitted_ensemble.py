@@ -14,7 +14,7 @@ from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_artifact
 from triderm_dist.ensemble.calibration import member_probabilities
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER, STACKER_FILES
-from triderm_dist.ensemble.stack_inputs import column_names, embedding_tower, embeddings_path, stacker_columns
+from triderm_dist.ensemble.stack_inputs import column_names, embedding_tower, embeddings_path, prediction_columns
 from triderm_dist.files import file_sha256
 from triderm_dist.predictions import OofTable, Predictions
 from triderm_dist.schema import DataError, Task
@@ -79,7 +79,7 @@ class FittedEnsemble:
         (M, N, C).
 
         table: `predictions.average_test` of `parts`, the predictions of every fold model.  embeddings: see
-        `stacker_columns`. Raises DataError if this was fitted for another task or on other models, weights or
+        `prediction_columns`. Raises DataError if this was fitted for another task or on other models, weights or
         columns.
         """
         self.check_task(table.task)
@@ -102,7 +102,7 @@ class FittedEnsemble:
             names = column_names(table, self.models)
             if names != self.stacker.feature_names[: len(names)]:
                 raise DataError(f"{self.folder / STACK_FILE}: was fitted on other columns than the test set's")
-            columns = stacker_columns(self.folder, self.stacker.extra, table, self.models, parts, embeddings)
+            columns = prediction_columns(self.folder, self.stacker.extra, table, self.models, parts, embeddings)
             members.append(self.stacker.predict(columns))
         ids = [str(lesion) for lesion in table.lesion_ids]
         return Results(ids, self.ensemble.combine(members), self.ensemble.decide(members)), np.stack(members)

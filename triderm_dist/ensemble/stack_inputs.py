@@ -18,7 +18,7 @@ from triderm_dist.checksums import CheckedParquet, DamagedFile, matrix_of, read_
 from triderm_dist.ensemble.alignment import aligned_mean, aligned_rows, load_alignments
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE
-from triderm_dist.predictions import NO_FOLD, OofTable, Predictions, rows_of
+from triderm_dist.predictions import OofTable, Predictions, rows_of
 from triderm_dist.schema import DataError
 
 MIN_LOG_PROBABILITY = -20.0
@@ -32,38 +32,48 @@ class EmbeddingTower(NamedTuple):
     record: str
 
 
-def stacker_columns(
+def training_columns(run_folder: Path, extra: str, table: OofTable, models: Sequence[str]) -> np.ndarray:
+    """Return the (N, F) columns of the lesions of an out-of-fold table.
+
+    extra: the wide block at the end of each row, one of `stack.extra`, or "" for none. Raises DataError if the block's
+    file is missing or belongs to other data.
+    """
+    columns = base_columns(table, models)
+    if not extra:
+        return columns
+    if extra == "embeddings":
+        block, _ = read_embeddings(embeddings_path(run_folder, "train"), table.lesion_ids)
+    else:
+        block = aligned_rows(table, models, load_alignments(run_folder / ALIGNMENTS_FILE))
+    return np.concatenate([columns, block], axis=1)
+
+
+def prediction_columns(
     run_folder: Path,
     extra: str,
     table: OofTable,
     models: Sequence[str],
-    parts: Sequence[Predictions] = (),
-    embeddings: np.ndarray | None = None,
+    parts: Sequence[Predictions],
+    embeddings: np.ndarray | None,
 ) -> np.ndarray:
-    """Return the (N, F) columns of the lesions of an out-of-fold table, or of a test set with its `parts`.
+    """Return the (N, F) columns of the lesions of a test set, the mean of its `parts`; see `training_columns`.
 
-    extra: the wide block at the end of each row, one of `stack.extra`, or "" for none.  embeddings: (N, E) of the
-    lesions; None reads them from the run. Raises DataError if the block's file is missing or belongs to other data.
+    embeddings: (N, E) of the lesions; None reads them from the run.
     """
     columns = base_columns(table, models)
-    is_test = bool((table.folds == NO_FOLD).all())
-    if extra == "embeddings" and embeddings is not None:
+    if not extra:
+        return columns
+    if extra == "features":
+        block = aligned_mean(parts, table.lesion_ids, models, load_alignments(run_folder / ALIGNMENTS_FILE))
+    elif embeddings is not None:
         block = embeddings
-    elif extra == "embeddings":
-        block, tower = read_embeddings(embeddings_path(run_folder, "test" if is_test else "train"), table.lesion_ids)
-        if is_test and tower != embedding_tower(run_folder):
+    else:
+        block, tower = read_embeddings(embeddings_path(run_folder, "test"), table.lesion_ids)
+        if tower != embedding_tower(run_folder):
             raise DataError(
                 f"{run_folder}: the embeddings of the test set and of training are by two towers; run triderm embed "
                 "again"
             )
-    elif extra == "features":
-        alignments = load_alignments(run_folder / ALIGNMENTS_FILE)
-        if is_test:
-            block = aligned_mean(parts, table.lesion_ids, models, alignments)
-        else:
-            block = aligned_rows(table, models, alignments)
-    else:
-        return columns
     return np.concatenate([columns, block], axis=1)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE
-from triderm_dist.ensemble.stack_inputs import stacker_columns
+from triderm_dist.ensemble.stack_inputs import training_columns
 from triderm_dist.predictions import OofFile
 
 CONTRIBUTION_LESIONS = 1000
@@ -33,7 +33,7 @@ def find_contributions(
     rows = np.sort(np.random.default_rng(0).permutation(len(lesion_ids))[:CONTRIBUTION_LESIONS])
     features = (run_folder / ALIGNMENTS_FILE).exists()
     table = oof.table(features, lesion_ids[rows].tolist())
-    columns = stacker.reduce(stacker_columns(run_folder, stacker.extra, table, networks))
+    columns = stacker.reduce(training_columns(run_folder, stacker.extra, table, networks))
     values = stacker.model.contributions(columns)
     return None if values is None else Contributions(values, columns, stacker.feature_names)
 

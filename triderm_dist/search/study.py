@@ -21,6 +21,7 @@ from triderm_dist.search.settings import SearchRun
 from triderm_dist.search.space import Space, fit_space, own_settings, read_space
 from triderm_dist.search.trial import Trial, read_trials
 from triderm_dist.search.tuner import ray_session, run_repeats, run_trials
+from triderm_dist.settings import flatten
 
 BATCH_SETTINGS = "train.global_batch", "train.micro_batch"
 
@@ -156,12 +157,6 @@ def _open_folder(run: SearchRun, space: Space) -> None:
         raise ConfigError(f"{run.search.space}: differs from {space_file}, the space that the search was started with")
 
 
-def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str | None:
-    for key in [*one, *(key for key in other if key not in one)]:
-        first, second = one.get(key), other.get(key)
-        if isinstance(first, dict) and isinstance(second, dict):
-            if found := _first_difference(first, second, f"{prefix}{key}."):
-                return found
-        elif first != second:
-            return f"{prefix}{key}"
-    return None
+def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    first, second = flatten(one), flatten(other)
+    return next((key for key in {**first, **second} if first.get(key) != second.get(key)), None)
