@@ -1,4 +1,4 @@
-"""Predict a test set with every fold's model and test-time augmentation, and write submission.csv.
+"""Predict lesions with every fold's model, the stacker and the ensemble of a run, and test-time augmentation.
 
 The program is triderm_dist/commands/predict.py; from any folder: triderm predict
 """

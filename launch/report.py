@@ -1,4 +1,4 @@
-"""Write OUTPUT/report.html, a self-contained page, and its figures, from the files that triderm stack wrote.
+"""Write RUN/report.html, a self-contained page, and its figures, from the files that triderm stack wrote.
 
 The program is triderm_dist/commands/report.py; from any folder: triderm report
 """

@@ -1,4 +1,4 @@
-"""Write a small SYNTHETIC challenge folder: generated lesions in the official layout, with a labeled test set.
+"""Write a small SYNTHETIC data set of a task: generated lesions with the task's columns and words, and a test set.
 
 The program is triderm_dist/commands/synthetic.py; from any folder: triderm synthetic
 """

@@ -1,4 +1,4 @@
-"""Pack a challenge folder into WebDataset shards with an index.
+"""Pack a folder of photos with a table into WebDataset shards with an index.
 
 The program is triderm_dist/commands/pack.py; from any folder: triderm pack
 """

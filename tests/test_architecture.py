@@ -101,6 +101,13 @@ def test_inference_does_not_import_the_trainer(name):
     assert not reached & {f"triderm_dist.engine.{part}" for part in ("trainer", "step", "crossval")}
 
 
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_entry_points_have_the_summary_of_their_program(path):
+    summary, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    program = re.search(r"triderm_dist/commands/\w+\.py", rest)
+    assert program and (ROOT / program[0]).read_text(encoding="utf-8").startswith(f"{summary}\n")
+
+
 def test_no_module_imports_a_program():
     for path in [*library(), *PROGRAMS]:
         assert not any(name.split(".")[0] in ENTRY_POINTS for name in imports_of(path)), path

@@ -27,7 +27,8 @@ class LoraConfig(Section):
 class TowerConfig(Section):
     source: SourceText = Field(
         "hf-hub:redlessone/DermLIP_ViT-B-16",
-        description="hf-hub:ID, local-dir:PATH, a PanDerm checkpoint file, timm:NAME, or timm:NAME@WEIGHTS_FILE",
+        description="hf-hub:ID, local-dir:PATH, a PanDerm checkpoint file, timm:NAME, timm:NAME@FILE or "
+        "timm:NAME@package:PACKAGE",
     )
     pretrained: bool = Field(True, description="load pretrained weights; false initializes at random")
     image_size: int | None = Field(
