@@ -76,7 +76,7 @@ def test_prediction_file_round_trip(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row groups of 7 rows, of 3 where a column has 34 numbers a row, and batches of 5 rows."""
+    """Row groups of 7 rows, of 3 where a column has 34 numbers per row, and batches of 5 rows."""
     for name, value in {"GROUP_ROWS": 7, "GROUP_NUMBERS": 102, "READ_ROWS": 5}.items():
         monkeypatch.setattr(files, name, value)
 

@@ -268,7 +268,7 @@ class Gathered:
                 if found != width:
                     raise DataError(f"{part.path}: {key} of {model} has width {found}, but {width} in another file")
             elif found != width:
-                raise DataError(f"{part.path}: {key} of {model} has {found} numbers a row, expected {width}")
+                raise DataError(f"{part.path}: {key} of {model} has {found} numbers per row, expected {width}")
 
     def _check_finite(self, part: _Part, model: str, rows: np.ndarray, logits: np.ndarray) -> None:
         """Raise DataError for logits (n, C) that are not finite; a written table has NaN for lesions without any."""
