@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from triderm_dist.config import Experiment, load
@@ -58,11 +59,13 @@ def on_cpu() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def create_trainer(experiment: Experiment, shards: Path, folder: Path) -> Trainer:
+def create_trainer(
+    experiment: Experiment, shards: Path, folder: Path, accelerator: Accelerator | None = None
+) -> Trainer:
     """Create the training of the model "net" on all lesions of the set; nothing is validated or written."""
     torch.cuda.empty_cache()
     model, index = experiment.models["net"], read_index(shards)
-    accelerator = parallel.start_training(model.train)
+    accelerator = accelerator or parallel.start_training(model.train)
     model_inputs = open_inputs(experiment, model, index, accelerator, train=True, brief=True)
     torch.manual_seed(0)
     network = add_trained_parts(new_network(model, model_inputs), model, index.task).to(accelerator.device)
