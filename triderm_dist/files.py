@@ -190,6 +190,14 @@ def check_no_file(setting: str, path: str | Path) -> None:
         raise ConfigError(f"{setting}: {path}: is a file; name a folder")
 
 
+def check_no_mount(output: Path) -> None:
+    """Raise ConfigError for a folder to which none can be renamed, since another file system is mounted there."""
+    if output.is_mount():
+        raise ConfigError(
+            f"output={output}: is a mount point, and an output appears at once, by renaming; name a folder in it"
+        )
+
+
 def why_no_file(path: Path) -> str:
     """Say why a path that should be a file is none."""
     return "is a folder, not a file" if path.is_dir() else "no such file"

@@ -222,6 +222,7 @@ def test_lesion_that_is_left_out_is_not_printed_as_predicted(trained_run, tmp_pa
         (["output={run}/new"], "is inside the run, which predictions do not change"),
         (["output={input}/new"], "is inside the input"),
         (["output={tmp}/new.xlsx"], "name a file that ends in .csv or .parquet, or a folder"),
+        (["output=/proc"], "output=/proc: is a mount point, "),
         (["output={tmp}/new", "view=front"], "view=front: known are clinical, dermoscopic"),
         (["output={tmp}/new", "photos={tmp}/none"], "no photo"),
         (["output={tmp}/new", "device=tpu"], "device=tpu: Expected one of cpu, "),

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from triderm_dist.checksums import DamagedFile, read_checked_parquet
-from triderm_dist.files import PATIENT_DATA, atomic_path, follow_link, resolve_dots
+from triderm_dist.files import PATIENT_DATA, atomic_path, check_no_mount, follow_link, resolve_dots
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.submission import (
     PROBABILITIES_FILE,
@@ -42,6 +42,7 @@ def check_output(output: Path, run: Path, inputs: Sequence[Path]) -> None:
         raise ConfigError(f"output={output}: is inside the input {other}; name another place")
     if output.suffix and output.suffix not in (".csv", ".parquet") and not output.is_dir():
         raise ConfigError(f"output={output}: name a file that ends in .csv or .parquet, or a folder")
+    check_no_mount(output)
 
 
 def is_written(output: Path, key: str) -> bool:

@@ -45,7 +45,7 @@ from triderm_dist.data.shards.shard_writer import ShardWriter
 from triderm_dist.data.shards.slice_locks import lock_all, lock_slice
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import Distribute, available_cores, map_in_order
-from triderm_dist.files import PART_LOCK, follow_link
+from triderm_dist.files import PART_LOCK, check_no_mount, follow_link
 from triderm_dist.runtime.memory import return_freed_memory
 from triderm_dist.schema import DataError
 from triderm_dist.tasks import check_packed_for, recorded_task
@@ -176,6 +176,8 @@ class _Packer:
     ) -> None:
         self.dataset, self.task, self.invalid, self.progress = dataset, dataset.task, invalid, progress
         self.folder, self.url = follow_link(local_name(output)), os.fspath(output) if is_url(output) else None
+        if not self.url:
+            check_no_mount(self.folder)
         self.part = PartFolder(self.folder.with_name(self.folder.name + ".part"), self.url)
         self._check_tables()
         return_freed_memory()  # of reading the tables

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from triderm_dist.files import follow_link, naming_file, new_folder, resolve_dots
+from triderm_dist.files import check_no_mount, follow_link, naming_file, new_folder, resolve_dots
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
 
@@ -49,6 +49,7 @@ def write_synthetic(output: Path, task: Task, lesions: int, test_lesions: int, s
     if _is_written(output, settings):
         return False
     output = follow_link(resolve_dots(output))
+    check_no_mount(output)
     with new_folder(output) as temporary:
         if _is_written(output, settings):  # by another process in the meantime
             return False
