@@ -21,7 +21,7 @@ from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.data.token_source import TokenSource
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource, match_extra_set
-from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, TaskColumns, View
+from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, FineLabels, TaskColumns, View
 
 CPU = torch.device("cpu")
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -130,6 +130,25 @@ def test_wrong_map_is_refused(sets, changes, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         match_extra_set(extra_config(other, **changes), other, main, "data.extra.0")
     assert "\n" not in str(refusal.value)
+
+
+def test_finer_labels_of_a_set(sets):
+    """They belong to the mapped diagnoses, and a set that states only some of them is noted."""
+    main, other = sets
+
+    def notes(**labels: tuple[str, ...]) -> list[str]:
+        own = replace(other, task=replace(other.task, fine=FineLabels("subtype", labels)))
+        known = replace(
+            main, task=replace(main.task, fine=FineLabels("fine", {"NV": ("dermal", "blue"), "MEL": ("x",)}))
+        )
+        found = match_extra_set(extra_config(other), own, known, "data.extra.0").notes
+        return [note for note in found if "finer label" in note]
+
+    assert not notes(naevus=("Blue", "Dermal"), in_situ=("x", "y")) and not notes(scar=("blue", "old"))
+    (note,) = notes(naevus=("blue", "junctional"))
+    assert note.startswith("its lesions have no finer label dermal, x; the loss of finer labels has no mask")
+    with pytest.raises(ConfigError, match=r"^data.extra.0.map.melanoma: its finer label 'blue' is one of NV in the tr"):
+        notes(naevus=("dermal",), melanoma=("blue",))
 
 
 def test_training_set_itself_and_a_set_without_a_common_view_are_refused(sets, tmp_path):

@@ -23,7 +23,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.view_source import Fetched, ViewSource
 from triderm_dist.runtime.messages import did_you_mean
-from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField
+from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField, Task
 
 MAX_NAMED_GROUPS = 5
 """Groups that a note lists by name."""
@@ -82,7 +82,7 @@ def match_extra_set(config: ExtraSetConfig, index: ShardIndex, main: ShardIndex,
     """Match a packed set with the main one. where: the setting, for messages, as `data.extra.0`.
 
     Raises ConfigError for the main set itself, a map with an unknown diagnosis, without one that lesions have, or to
-    fewer than two diagnoses, and if no lesion is left.
+    fewer than two diagnoses, for a finer label of another diagnosis, and if no lesion is left.
     """
     if index.fingerprint == main.fingerprint:
         raise ConfigError(f"{where}.shards: {config.shards} is the training set itself; remove it")
@@ -98,7 +98,8 @@ def match_extra_set(config: ExtraSetConfig, index: ShardIndex, main: ShardIndex,
     if not len(extra.rows):
         why = "no photo of them shows a view of the training set's task" if mapped else "the map leaves none of them"
         raise ConfigError(f"{where}: none of its {len(index):,} lesions can join the training: {why}")
-    return replace(extra, notes=(*extra.notes, *_note_on_groups(extra, main)))
+    notes = (*extra.notes, *_match_fine(config.map, index.task, main.task, where), *_note_on_groups(extra, main))
+    return replace(extra, notes=notes)
 
 
 class LesionUnion:
@@ -258,6 +259,32 @@ def map_labels(
             f"{where}.map: name at least two diagnoses of the training set's task, which the set distinguishes"
         )
     return table[index.labels], class_mask
+
+
+def _match_fine(mapping: dict[str, str | None], task: Task, main: Task, where: str) -> Iterator[str]:
+    """Yield a note if a set with finer labels lacks some of the main task's, which have no mask.
+
+    Raises ConfigError for a finer label of both tasks whose diagnosis is mapped to another than it has in the main one.
+    """
+    if task.fine is None or main.fine is None:
+        return
+    common = set[str]()
+    for diagnosis, names in task.fine.labels.items():
+        for name in names:
+            number, target = main.fine.label_of(name), mapping.get(diagnosis)
+            if number == UNLABELED or target is None:
+                continue
+            common.add(main.fine.names[number])
+            if target != (parent := main.fine.diagnosis_of(number)):
+                raise ConfigError(
+                    f"{where}.map.{diagnosis}: its finer label {name!r} is one of {parent} in the training set's task, "
+                    f"and the map says {target}; correct one"
+                )
+    if common and (lacking := [name for name in main.fine.names if name not in common]):
+        yield (
+            f"its lesions have no finer label {', '.join(lacking)}; the loss of finer labels has no mask and takes "
+            "that as true: if the set only does not state them, pack it with a task.yaml without fine"
+        )
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
