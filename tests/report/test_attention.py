@@ -46,7 +46,12 @@ def texts_of(task: Task, semantic: dict[str, float], path: Path, monkeypatch: py
 
 def test_one_view_and_titles_of_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = texts_of(CLINIC, {"smoker": 0.7, "null": 0.3}, tmp_path / "a.png", monkeypatch)
-    assert {"phone photo", "attention of the pooling query", "smokes & drinks = yes", "null"} <= found
+    assert {
+        "phone photo",
+        "attention of the pooling query",
+        "smokes & drinks = yes",
+        "none of these (learned token)",
+    } <= found
     assert not any("dermoscop" in text or "alignment" in text for text in found)
     assert any(text.startswith("L1, diagnosed MEL<em>1   predicted Nävus 1.00") for text in found)
 

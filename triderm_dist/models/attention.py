@@ -11,6 +11,9 @@ import numpy as np
 
 from triderm_dist.schema import UNLABELED, MetadataField
 
+NULL = "null"
+"""Name of the learned token to which an image may attend instead of concepts and fields."""
+
 
 @dataclass(frozen=True)
 class AttentionMaps:

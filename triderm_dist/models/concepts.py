@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triderm_dist.models.attention import NULL
 from triderm_dist.schema import MetadataField
 
 NUM_BUMPS = 8
@@ -68,7 +69,7 @@ class SemanticTokens(nn.Module):
     """Embed concept scores (B, K) and metadata (B, M) as tokens (B, K + M + 1, D), in the order of `names`.
 
     concepts, fields: names of the K scores and the M fields, or () to ignore the scores or the metadata; K or M is then
-    0. The last token is a learned null token, to which an image may attend instead of the others.
+    0. The last token is `NULL`.
     """
 
     def __init__(self, concepts: Sequence[str], fields: Sequence[MetadataField], width: int) -> None:
@@ -84,7 +85,7 @@ class SemanticTokens(nn.Module):
             if not field.is_number:
                 self.categories[_module_name(self.categories, field)] = CategoryToken(len(field.categories), width)
         self.null = learned_token(1, width)
-        self.names: tuple[str, ...] = (*concepts, *(field.name for field in self.fields), "null")
+        self.names: tuple[str, ...] = (*concepts, *(field.name for field in self.fields), NULL)
 
     @property
     def meanings(self) -> dict[str, Any]:

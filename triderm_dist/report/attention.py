@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.files import PATIENT_DATA, atomic_path
-from triderm_dist.models.attention import AttentionMaps
+from triderm_dist.models.attention import NULL, AttentionMaps
 from triderm_dist.schema import UNLABELED, Task
 
 SHARES = "plasma"
@@ -122,7 +122,9 @@ def _semantic_labels(maps: AttentionMaps, task: Task) -> list[str]:
 
 
 def _token_title(name: str, task: Task) -> str:
-    """Return the title of a metadata field, or the name of a concept such as clinical/hair as text."""
+    """Return the title of a metadata field or of `NULL`, or the name of a concept such as clinical/hair as text."""
+    if name == NULL:
+        return "none of these (learned token)"
     for field in task.fields:
         if field.name == name:
             return field.label
