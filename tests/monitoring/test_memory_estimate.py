@@ -12,11 +12,12 @@ from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
-from triderm_dist.monitoring.flops import example_inputs
+from triderm_dist.monitoring.flops import example_inputs, training_flops
 from triderm_dist.monitoring.memory_estimate import (
     MemoryEstimate,
     _LiveBytes,
     _simulate,
+    bare_network,
     estimate_model_memory,
     network_without_weights,
 )
@@ -125,6 +126,16 @@ def test_largest_micro_batch_is_the_last_that_fits() -> None:
     need.total = {1: 20, 2: 30, 3: 40, 4: 50, 6: 70, 12: 60}.get  # type: ignore[assignment,method-assign]
     assert [need.largest(memory) for memory in (19, 20, 39, 40, 59, 60)] == [None, 1, 2, 3, 4, 12]
     assert [need.largest(memory, smallest=2) for memory in (29, 30, 49)] == [None, 2, 2]
+
+
+@pytest.mark.parametrize("tower", [{}, {"lora": {"rank": 2}}, {"frozen": True}])
+def test_network_that_is_kept_for_estimates_has_no_memory(tower: dict[str, Any]) -> None:
+    config = model(tower=tower)
+    kept, real = bare_network(config, SIGNATURE)[0], network_without_weights(config, SIGNATURE)[0]
+    assert all(each.is_meta for each in (*kept.parameters(), *kept.buffers()))
+    assert estimate(kept).total(8) == estimate(real).total(8)
+    assert estimate(kept).largest_of_one(2**32) == estimate(real).largest_of_one(2**32)
+    assert training_flops(kept) == training_flops(real)
 
 
 def test_frozen_tower_is_not_counted() -> None:

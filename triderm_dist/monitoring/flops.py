@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,10 +96,10 @@ def training_flops(network: Network, backward: bool = True) -> float:
     training = network.training
     network.train()
     # Unfused attention, since PyTorch lacks formulas for some fused kernels.
-    with FakeTensorMode() as mode, sdpa_kernel(SDPBackend.MATH), counter:
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
         tensors = [*network.named_parameters(), *network.named_buffers()]
-        state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
-        inputs = example_inputs(network, lesions)
+        inputs = example_inputs(network, lesions, torch.device("cpu"))
+        state = {name: empty_on_cpu(tensor) for name, tensor in tensors}
         outputs = torch.func.functional_call(network, state, inputs)
         if backward:
             torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
@@ -107,9 +107,15 @@ def training_flops(network: Network, backward: bool = True) -> float:
     return counter.get_total_flops() / lesions
 
 
-def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
-    """Return inputs of `network` for a number of lesions, all zeros, on its device."""
-    device = next(network.parameters()).device
+def empty_on_cpu(tensor: Tensor) -> Tensor:
+    """Return an empty tensor on the CPU with the same shape and dtype; a fake one in a `FakeTensorMode`."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def example_inputs(network: Network, lesions: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+    """Return inputs of `network` for a number of lesions, all zeros. device: by default that of the network."""
+    device = device or next(network.parameters()).device
     signature = network.signature
 
     def example(view: str) -> Tensor:

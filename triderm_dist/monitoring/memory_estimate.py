@@ -25,7 +25,7 @@ from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape, locate_weights
-from triderm_dist.monitoring.flops import example_inputs
+from triderm_dist.monitoring.flops import empty_on_cpu, example_inputs
 from triderm_dist.optim import state_size
 from triderm_dist.schema import InputError, Signature
 
@@ -194,13 +194,17 @@ def estimate_model_memory(
 
 
 def bare_network(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
-    """Return a cached result of `network_without_weights`, for callers that do not modify the network."""
+    """Return a cached result of `network_without_weights`, on the meta device: tensors have shapes but no memory.
+
+    For callers that do not modify the network.
+    """
     return _bare_network(model.model_copy(update={"train": TrainConfig()}), signature)
 
 
 @functools.lru_cache
 def _bare_network(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
-    return network_without_weights(model, signature)
+    network, note = network_without_weights(model, signature)
+    return network.to("meta"), note
 
 
 def network_without_weights(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
@@ -247,7 +251,7 @@ def _simulate(
     """
     with FakeTensorMode():
         tensors = [*network.parameters(), *network.buffers()]
-        fake = copy.deepcopy(network, {id(tensor): _on_cpu(tensor) for tensor in tensors}).train(training)
+        fake = copy.deepcopy(network, {id(tensor): empty_on_cpu(tensor) for tensor in tensors}).train(training)
         use_lesion_masks(fake)
         prepare_blocks(fake, checkpointing, compile_blocks=False)
         inputs = example_inputs(fake, lesions)
@@ -264,12 +268,6 @@ def _simulate(
                 torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
             del outputs
     return live.peak, live.now
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """Return an empty tensor on the CPU with the same shape and dtype; a fake one in a `FakeTensorMode`."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 class _LiveBytes(TorchDispatchMode):
