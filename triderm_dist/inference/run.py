@@ -326,7 +326,7 @@ class Run:
                 hint = did_you_mean(key, self.concepts) if self.concepts else "the task has none"
                 raise InputError(f"concepts: unknown concept {key!r}; {hint}")
             try:
-                scores[name] = parse_score(key, text_of(value), self.task.missing_words, self.task.concepts.words)
+                scores[name] = parse_score(key, text_of(value), self.task)
             except ValueError as error:
                 raise InputError(f"concepts: {error}; leave it out if unknown") from None
         return list(scores.values())

@@ -16,7 +16,9 @@ from triderm_dist.data.readers.text_index import HashIndex, Texts
 def test_texts_are_those_that_were_appended(texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_index, "_BLOCK", 3)  # some are in blocks, others wait
-        found = Texts(texts)
+        found = Texts()
+        for text in texts:
+            found.append(text)
         assert len(found) == len(texts) and list(found) == texts
         assert [found[at] for at in range(len(texts))] == texts and found[1:4] == texts[1:4]
 

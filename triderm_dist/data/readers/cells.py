@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.runtime.messages import quoted
-from triderm_dist.schema import MISSING_WORDS, PLAIN_NUMBER, MetadataField
+from triderm_dist.schema import MISSING_WORDS, PLAIN_NUMBER, MetadataField, Task
 
 MAX_CELL = 1 << 15
 """Characters of a cell, as in Excel."""
@@ -66,17 +65,15 @@ def parse_field(field: MetadataField, text: str, words: Sequence[str] = MISSING_
     return field.parse(_with_point(text.removesuffix("+")) if field.is_number else text)
 
 
-def parse_score(
-    name: str, text: str, words: Sequence[str] = MISSING_WORDS, scores: Mapping[str, float] = MappingProxyType({})
-) -> float:
-    """Return a concept score from 0 to 1, NaN where missing. Raises ValueError otherwise.
+def parse_score(name: str, text: str, task: Task) -> float:
+    """Return a concept score from 0 to 1, that of a word of the task in any case, NaN where missing.
 
-    scores: the score of a word, in any case; it precedes `words`, those that mean a missing value.
+    Raises ValueError otherwise.
     """
-    for word, number in scores.items():
+    for word, number in task.concepts.words.items():
         if word.lower() == text.lower():
             return number
-    if is_missing(text, words):
+    if is_missing(text, task.missing_words):
         return math.nan
     score = parse_number(text)
     if score is None or not 0 <= score <= 1:

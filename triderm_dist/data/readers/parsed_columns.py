@@ -146,10 +146,8 @@ class ParsedColumns:
 
     def parsed_scores(self, column: str, advice: str) -> np.ndarray:
         """Return the scores in a column (N,), NaN where missing. advice: the end of messages."""
-        missing, scores = self.task.missing_words, self.task.concepts.words
-        return self.parsed(
-            column, lambda text: parse_score(column, text, missing, scores), "cell", (0.0, 1.0), scores, advice
-        )
+        words = self.task.concepts.words
+        return self.parsed(column, lambda text: parse_score(column, text, self.task), "cell", (0.0, 1.0), words, advice)
 
     def labels(self) -> np.ndarray:
         """Return the label of each row (N,), `UNLABELED` for none."""

@@ -21,11 +21,9 @@ class Texts(Sequence[str]):
     valid UTF-8 are kept (`os.fsencode`).
     """
 
-    def __init__(self, texts: Iterable[str] = ()) -> None:
+    def __init__(self) -> None:
         self._blocks: list[tuple[bytes, pa.Array, bytes]] = []
         self._last: list[bytes] = []
-        for text in texts:
-            self.append(text)
 
     def append(self, text: str) -> None:
         self._last.append(os.fsencode(text))

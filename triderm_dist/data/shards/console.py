@@ -62,21 +62,19 @@ def print_index(index: ShardIndex, done: str = "packed") -> None:
     width = max(10, *(len(name) for name, _ in counts)) if counts else 0
     for diagnosis, count in counts:
         print(f"  {diagnosis:<{width}} {count:>7}")
-    size = sum(shard.bytes for shard in index.shards)
     dropped = len({problem.lesion_id for problem in index.problems} - {""})
     text = f", {dropped} dropped" if dropped else ""
     for note in index.notes():
         print(wrapped(f"note: {note}"))
-    photos = sum(index.photo_sizes.values())
     rows = [("read", f"{counted(len(index) + dropped, 'lesion')}")]
     rows += [("converted", line) for line in describe_changes(index.converted)]
     for kind in count_by_kind(index.problems):
         own = [problem for problem in index.problems if problem.kind == kind]
         lesions = counted(len({problem.lesion_id for problem in own}), "lesion")
         rows.append(("dropped", f"{lesions}: {kind}, such as {own[0]}"))
-    rows.append((done, f"{counted(len(index), 'lesion')}, {counted(photos, 'photo')}"))
+    rows.append((done, f"{counted(len(index), 'lesion')}, {counted(index.photos, 'photo')}"))
     for what, line in rows:
         print(wrapped(f"{what:<10} {line}", " " * 11))
     where = index.remote.store.shown("").rstrip("/") if index.remote else index.folder
     summary = f"{counted(len(index), 'lesion')}{text}, {counted(len(index.shards), 'shard')}"
-    print(wrapped(f"{summary}, {size / 1e6:.1f} MB in {where}"))
+    print(wrapped(f"{summary}, {index.bytes / 1e6:.1f} MB in {where}"))

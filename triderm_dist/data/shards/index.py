@@ -215,6 +215,11 @@ class ShardIndex:
         return max(self.photo_sizes, key=lambda size: (self.photo_sizes[size], size[0] * size[1], size))
 
     @property
+    def photos(self) -> int:
+        """The number of photos."""
+        return sum(self.photo_sizes.values())
+
+    @property
     def bytes(self) -> int:
         """The size of all shards."""
         return sum(shard.bytes for shard in self.shards)
@@ -456,17 +461,16 @@ def _check_rows(index: ShardIndex, columns: ParquetColumns) -> None:
             raise DataError(outside)
     if lesions.tolist() != [shard.samples for shard in index.shards]:
         raise DataError(f"{path}: its rows do not match the counts of {INDEX}; pack the data again")
-    if photos != sum(index.photo_sizes.values()):
+    if photos != index.photos:
         raise DataError(f"{path}: its {photos} photos do not match the photo_sizes of {INDEX}; pack the data again")
 
 
 def _note_on_sizes(index: ShardIndex) -> Iterator[str]:
     width, height = index.canvas
-    photos = sum(index.photo_sizes.values())
-    if other := photos - index.photo_sizes[index.canvas]:
+    if other := index.photos - index.photo_sizes[index.canvas]:
         yield (
-            f"{other:,} of {photos:,} photos are not {width}x{height}; each is rotated by 90 degrees if only one of "
-            "them is a portrait, scaled to the short side, and cropped or mirrored at both ends to the long side"
+            f"{other:,} of {index.photos:,} photos are not {width}x{height}; each is rotated by 90 degrees if only one "
+            "of them is a portrait, scaled to the short side, and cropped or mirrored at both ends to the long side"
         )
 
 

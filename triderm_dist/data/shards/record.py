@@ -142,10 +142,7 @@ def parse_record(
         lesion_id=lesion_id,
         group=next((text for text in groups if not is_missing(text, task.missing_words)), lesion_id),
         label=_label(cells, label, task, words),
-        concepts={
-            name: parse_score(name, _text(score), task.missing_words, task.concepts.words)
-            for name, score in concepts.items()
-        },
+        concepts={name: parse_score(name, _text(score), task) for name, score in concepts.items()},
         metadata=tuple(
             parse_field(field, _text(metadata.get(field.name, metadata.get(field.column))), task.missing_words)
             for field in task.fields
