@@ -32,7 +32,7 @@ class ClassCounts:
     @property
     def f1(self) -> np.ndarray:
         """(C,) F1 = 2 TP / (predicted + positives); NaN for a diagnosis without a lesion."""
-        return _f1(self.true_positives, self.predicted, self.positives)
+        return np.where(self.positives > 0, ratio(2 * self.true_positives, self.predicted + self.positives), np.nan)
 
     @property
     def precision(self) -> np.ndarray:
@@ -60,8 +60,14 @@ class ClassCounts:
 
 
 def class_counts(decisions: np.ndarray, labels: np.ndarray) -> ClassCounts:
-    """Count (N, C) bool decisions against (N,) labels. Raises DataError if their shapes differ."""
-    decisions, labels = _labeled(np.asarray(decisions, bool), labels)
+    """Count (N, C) bool decisions against the (N,) labels of labeled lesions. Raises DataError if the shapes do not
+    match.
+    """
+    decisions, labels = np.asarray(decisions, bool), np.asarray(labels)
+    if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
+        raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not match: expected (N, C) and (N,)")
+    known = labels != UNLABELED
+    decisions, labels = decisions[known], labels[known]
     truth = labels[:, None] == np.arange(decisions.shape[1])
     return ClassCounts((decisions & truth).sum(axis=0), decisions.sum(axis=0), truth.sum(axis=0), len(labels))
 
@@ -358,19 +364,6 @@ def _mean(values: np.ndarray) -> float:
     """Return the mean of the finite values, NaN without any."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return decisions and labels of the labeled lesions. Raises DataError if their shapes do not match."""
-    labels = np.asarray(labels)
-    if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
-        raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not match: expected (N, C) and (N,)")
-    known = labels != UNLABELED
-    return decisions[known], labels[known]
-
-
-def _f1(true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    return np.where(positives > 0, ratio(2 * true_positives, predicted + positives), np.nan)
 
 
 def ratio(part: np.ndarray, total: np.ndarray | int) -> np.ndarray:

@@ -76,7 +76,8 @@ def disk_finding(
         return Finding("disk needed", text)
     remedies = ["free some", "set another output"]
     remedies += ["a smaller train.augment.token_variants"] if need.tokens > need.finished / 2 else []
-    remedies += ["train.keep_checkpoints=false"] if _keeps(experiment) else []
+    if any(model.train.keep_checkpoints for model in experiment.models.values()):
+        remedies.append("train.keep_checkpoints=false")
     # An estimate may be wrong by half, not by more.
     state: State = "error" if need.finished - used > 2 * free else "warning"
     return Finding("disk needed", f"{text}; {size_text(free)} are free", state, " or ".join(remedies))
@@ -183,7 +184,3 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield name.lower(), os.stat(os.path.join(where, name)).st_size
             except OSError:  # removed meanwhile, a broken link
                 continue
-
-
-def _keeps(experiment: Experiment) -> bool:
-    return any(model.train.keep_checkpoints for model in experiment.models.values())

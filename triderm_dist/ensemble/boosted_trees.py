@@ -62,7 +62,8 @@ class BoostedTrees:
                 return None
             base = np.array(learner["learner_model_param"]["base_score"].strip("[]").split(","), np.float32)
             found = _flatten(trees, np.broadcast_to(base, (classes,)))
-            if len(found.column) and not 0 <= found.column.min() <= found.column.max() < _columns_of(learner):
+            columns = int(learner["learner_model_param"]["num_feature"])
+            if len(found.column) and not 0 <= found.column.min() <= found.column.max() < columns:
                 raise ValueError("a split by a column that the model does not have")
             return found
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -120,10 +121,6 @@ def _flatten(trees: list[dict[str, Any]], base: np.ndarray) -> BoostedTrees:
         column=joined("split_indices", np.int64), threshold=joined("split_conditions", np.float32),
         to_left=joined("default_left", bool), value=joined("split_conditions", np.float32), depth=depth,
     )  # fmt: skip
-
-
-def _columns_of(learner: dict[str, Any]) -> int:
-    return int(learner["learner_model_param"]["num_feature"])
 
 
 class _Ubj:

@@ -43,6 +43,10 @@ SHOWN: dict[str, tuple[str, ...]] = {
 """The columns of `COLUMNS` that say something about a decision of `schema.DECISIONS`."""
 
 
+_PLAIN = ("official", "argmax", "argmax_tau", "fitted")
+"""The scores of a row without an interval."""
+
+
 @dataclass(frozen=True)
 class ScoreRow:
     """Macro F1 of one member or weighting on the out-of-fold lesions, by how decisions are made.
@@ -64,7 +68,7 @@ class ScoreRow:
     def json(self) -> dict[str, Any]:
         """Return what ensemble.json stores under scores.NAME."""
         return {
-            **{key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")},
+            **{key: getattr(self, key) for key in _PLAIN},
             "nested": self.nested.json(),
             "chosen_minus_this": self.ensemble_minus_this.json(),
         }
@@ -74,14 +78,14 @@ class ScoreRow:
         """Read what `json` returned."""
         return ScoreRow(
             name=name,
-            **{key: scores[key] for key in ("official", "argmax", "argmax_tau", "fitted")},
+            **{key: scores[key] for key in _PLAIN},
             nested=intervals.Interval(**scores["nested"]),
             ensemble_minus_this=intervals.Interval(**scores["chosen_minus_this"]),
         )
 
     def cells(self) -> dict[str, str]:
         """Return the text of each of `COLUMNS`, empty if there is no value."""
-        scores = {key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")}
+        scores = {key: getattr(self, key) for key in _PLAIN}
         _, low, high = self.ensemble_minus_this.signed()
         return {
             **{key: "" if value is None else f"{value:.3f}" for key, value in scores.items()},

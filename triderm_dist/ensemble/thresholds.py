@@ -150,13 +150,8 @@ def choose_thresholding(
 
 def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Return (N, C) bool, one True per row at the largest p / threshold, none where that is 0. `NEVER` is excluded."""
-    ratio = _ratio(probabilities, thresholds)
+    ratio = np.where(thresholds < NEVER, probabilities / thresholds, 0.0)
     return metrics.argmax_decisions(ratio) & (ratio > 0)
-
-
-def _ratio(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return (N, C) p / threshold, 0 if the threshold is `NEVER`."""
-    return np.where(thresholds < NEVER, probabilities / thresholds, 0.0)
 
 
 def _weighted_thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -85,8 +85,12 @@ def read_predictions(path: Path, features: bool = True) -> Predictions:
     Raises DataError naming the file for anything else.
     """
     file = PredictionFile(path)
-    columns = [*SCALARS, *(name for name in LISTS if features or name != "features")]
-    return file.predictions(_read_columns(file.tables(columns), file, file.rows))
+    return file.predictions(_read_columns(file.tables(_names(features)), file, file.rows))
+
+
+def _names(features: bool) -> list[str]:
+    """Return the columns to read, with or without the wide fused features."""
+    return [name for name in (*SCALARS, *LISTS) if features or name != "features"]
 
 
 class PredictionFile:
@@ -123,9 +127,8 @@ class PredictionFile:
 
     def chunks(self, features: bool = True, rows: int | None = None) -> Iterator[Predictions]:
         """Yield the rows in order, this number at once. features: see `read_predictions`."""
-        columns = [*SCALARS, *(name for name in LISTS if features or name != "features")]
         size, waiting = rows or READ_ROWS, list[Predictions]()
-        for table in self.tables(columns, size):
+        for table in self.tables(_names(features), size):
             waiting.append(self.predictions(_read_columns([table], self, len(table))))
             while sum(map(len, waiting)) >= size:
                 joined = concatenate(waiting)

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.checksums import (
-    checked_parquet_rows,
-)
+from triderm_dist.checksums import checked_parquet_rows
 from triderm_dist.predictions.files import LISTS, OUTPUTS, PredictionFile, as_lists, file_header, group_rows
 from triderm_dist.predictions.gathering import DataSplit, Gathered, mismatch
 from triderm_dist.predictions.rows import NO_FOLD, OUT_OF_FOLD, OofTable, Predictions, rows_of, single
