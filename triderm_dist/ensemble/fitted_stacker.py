@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
@@ -217,32 +218,9 @@ class FittedStacker:
             raise DataError(
                 f"{path}: {kind!r} is not a stacker; known: {', '.join(STACKERS)}; name its file in `plugins`"
             )
-        model_file, expected = model_path(path, STACKERS[kind]), description.get("model_sha256")
-        try:
-            if expected and file_sha256(model_file) != expected:
-                raise DataError(f"{model_file}: changed or damaged: not that of {path.name}; run triderm stack again")
-            model = STACKERS[kind].load(model_file, description)
-            if not isinstance(model, STACKERS[kind]):
-                raise ConfigError(f"stack.kind: load of {kind!r} returned {described(model)}, not the stacker")
-            try:
-                packages = model.needed()
-            except DataError as error:  # damaged, and of a version that recorded no checksum
-                raise DataError(f"{model_file}: {error}; run triderm stack again") from None
-            require(f"{path}: the stacker ({kind})", *packages)
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
-        except OSError as error:
-            raise DataError(
-                f"{model_file}: not readable ({error.strerror or error}); run triderm stack again"
-            ) from None
-        except DamagedFile as error:
-            raise DataError(f"{path}: {error}; run triderm stack again") from None
-        except (KeyError, TypeError, ValueError) as error:
-            text = one_line(error, with_type=True)
-            raise DataError(f"{path}: changed or damaged ({text}); run triderm stack again") from None
         return FittedStacker(
             kind=kind,
-            model=model,
+            model=_load_model(path, kind, description),
             feature_names=tuple(description["feature_names"]),
             diagnoses=tuple(description["diagnoses"]),
             absent=tuple(description["absent"]),
@@ -287,6 +265,32 @@ def fit_stacker(
         extra=extra,
         reduction=reduction,
     )
+
+
+def _load_model(path: Path, kind: str, description: Mapping[str, Any]) -> Stacker:
+    """Read the model of a stacker of this kind that `path` (stack.json) describes; see `FittedStacker.load`."""
+    model_file, expected = model_path(path, STACKERS[kind]), description.get("model_sha256")
+    try:
+        if expected and file_sha256(model_file) != expected:
+            raise DataError(f"{model_file}: changed or damaged: not that of {path.name}; run triderm stack again")
+        model = STACKERS[kind].load(model_file, description)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
+    except OSError as error:
+        raise DataError(f"{model_file}: not readable ({error.strerror or error}); run triderm stack again") from None
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; run triderm stack again") from None
+    except (KeyError, TypeError, ValueError) as error:
+        text = one_line(error, with_type=True)
+        raise DataError(f"{path}: changed or damaged ({text}); run triderm stack again") from None
+    if not isinstance(model, STACKERS[kind]):
+        raise ConfigError(f"stack.kind: load of {kind!r} returned {described(model)}, not the stacker")
+    try:
+        packages = model.needed()
+    except DataError as error:  # damaged, and of a version that recorded no checksum
+        raise DataError(f"{model_file}: {error}; run triderm stack again") from None
+    require(f"{path}: the stacker ({kind})", *packages)
+    return model
 
 
 def model_path(path: Path, kind: type[Stacker]) -> Path:
