@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from triderm_dist.report.elements import Column, Figure, Row, Section, Table
@@ -75,11 +76,19 @@ def test_colors_of_a_figure_are_variables_of_the_page_only(tmp_path: Path) -> No
     assert all(each.startswith(("line-", "figure-line")) for each in ids) and set(used) <= set(ids) and used
 
 
-def test_large_figures_are_embedded_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rasterized", [False, True])
+def test_large_figures_are_embedded_as_png_if_that_is_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rasterized: bool
+) -> None:
+    def draw(figure: Any) -> None:
+        x, y = np.random.default_rng(0).random((2, 4000))
+        figure.subplots().scatter(x, y, c=y, s=5, rasterized=rasterized)
+
     monkeypatch.setattr("triderm_dist.report.render.LARGEST_SVG", 10)
-    html = write_page(tmp_path / "page.html", tmp_path, "t", [SECTION]).read_text(encoding="utf-8")
-    assert 'src="data:image/png;base64,' in html and "<svg" not in html
-    assert 'alt="A &#34;line&#34; &lt;rising&gt;"' in html
+    section = Section("Dots", figures=[Figure("dots", draw, 'A "cloud" <of dots>', "Dots", (5, 3))])
+    html = write_page(tmp_path / "page.html", tmp_path, "t", [section]).read_text(encoding="utf-8")
+    assert ('<img src="data:image/png;base64,' in html) == ("<svg" not in html) == (not rasterized)
+    assert "A &#34;cloud&#34; &lt;of dots&gt;" in html
 
 
 def test_files_of_an_earlier_page_are_removed_and_others_kept(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 CONTENTS = "contents.csv"
 """Lists the files of figures and tables with their captions."""
 LARGEST_SVG = 150_000
-"""Bytes of an SVG that is embedded in the page; of larger figures, the page holds the PNG."""
+"""Bytes of an SVG that is embedded in the page, whose colors follow its theme; of larger figures, the page holds the
+PNG if that is smaller.
+"""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,11 @@ def _draw(figures: Sequence[Figure], folder: Path, mode: int) -> dict[str, Pictu
 
 def _picture(figure: Figure, svg: Path, png: Path) -> Picture:
     picture = Picture(figure.name, figure.alt, figure.caption, figure.size[0])
-    if svg.stat().st_size <= LARGEST_SVG:
+    data = base64.b64encode(png.read_bytes()).decode()
+    if svg.stat().st_size <= max(LARGEST_SVG, len(data)):
         text = svg.read_text(encoding="utf-8")
         box = re.search(r'viewBox="([^"]+)"', text)
         return replace(picture, view_box=box.group(1) if box else "", svg=themed(text, figure.name))
-    data = base64.b64encode(png.read_bytes()).decode()
     return replace(picture, png=f"data:image/png;base64,{data}")
 
 
