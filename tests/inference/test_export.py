@@ -19,6 +19,7 @@ from PIL import Image
 from tests.inference.small_run import train
 from tests.inference.small_tower import SIZE, SMALL_TOWER
 from tests.processes import written_meanwhile
+from tests.small_tasks import TASKS
 from tests.test_commands import commands_in
 from triderm_dist import load
 from triderm_dist.cli import read_settings
@@ -320,6 +321,19 @@ def test_predict_takes_a_zip(trained_run, tmp_path, monkeypatch):
     assert contents[0] == contents[1] and contents[0].keys() >= {"probabilities.parquet", "submission.csv"}
     export_run(locate_run(tmp_path / "a.zip"), tmp_path / "b.zip")
     assert (tmp_path / "b.zip").read_bytes() == (tmp_path / "a.zip").read_bytes()
+
+
+def test_documented_script_takes_a_network_with_fewer_inputs(tmp_path, monkeypatch):
+    """One of a task with one view, and without concepts and fields."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (80, 60), (200, 120, 90)).save(name)
+    run = train(tmp_path, task=TASKS["dermoscopic photos only"])
+    export_run(run, Path("onnx"), "onnx", models=["trimodal"], folds=[0])
+    printed: list[dict[str, float]] = []
+    (script,) = (text for text in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "onnxruntime" in text)
+    exec(script, {"print": printed.append})
+    assert sum(printed[0].values()) == pytest.approx(1)
 
 
 def test_documented_commands_work(run, tmp_path, monkeypatch):
