@@ -95,6 +95,7 @@ def open_training(settings: SumsRun) -> Training:
     from triderm_dist.engine.finite import NonFiniteGuard
     from triderm_dist.engine.fold import new_network
     from triderm_dist.engine.model_inputs import open_inputs
+    from triderm_dist.engine.model_tower import training_tower
     from triderm_dist.engine.step import TrainStep
     from triderm_dist.losses import CompoundLoss
     from triderm_dist.optim import build_optimizer
@@ -105,7 +106,7 @@ def open_training(settings: SumsRun) -> Training:
     index, experiment = read_index(settings.shards), experiment_of(settings)
     model = experiment.models["m"]
     accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
-    model_inputs = open_inputs(experiment, model, index, accelerator, train=True)
+    model_inputs = open_inputs(experiment, model, index, accelerator, training_tower(experiment, model, index))
     torch.manual_seed(0)
     network = new_network(model, model_inputs)
     loss = CompoundLoss(model.train.loss, model.head, np.bincount(index.labels, minlength=len(index.diagnoses)))

@@ -21,6 +21,7 @@ from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.fold import fold_tower, is_fold_finished, new_network
 from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
+from triderm_dist.engine.model_tower import recorded_tower, training_tower
 from triderm_dist.engine.network_files import load_weights, read_weights
 from triderm_dist.engine.refit import refit
 from triderm_dist.models.network import Network
@@ -57,9 +58,10 @@ def opened(experiment: Experiment, index: ShardIndex, **tower: object) -> tuple[
     model = experiment.models["net"]
     changed: ModelConfig = model.model_copy(update={"tower": model.tower.model_copy(update=tower)})
     accelerator = parallel.start_inference("fp32")
-    model_inputs = open_inputs(experiment, changed, index, accelerator, train=True, transforms=2)
+    tower = training_tower(experiment, changed, index)
+    data = open_inputs(experiment, changed, index, accelerator, tower, transforms=2)
     torch.manual_seed(3)
-    return model_inputs, new_network(changed, model_inputs)
+    return data, new_network(changed, data)
 
 
 def step(network: Network, loaders: LoaderFactory, transform: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -79,7 +81,7 @@ def test_a_step_has_the_numbers_of_one_on_photos_but_for_rounding(tmp_path, inde
     plain, on_photos = opened(experiment, index, cache_frozen_blocks=False)
     cached, on_cache = opened(experiment, index)
     on_photos.load_state_dict(on_cache.state_dict())
-    assert not plain.frozen and cached.frozen
+    assert not plain.frozen_blocks and cached.frozen_blocks
     for transform in (0, 1):
         on_photos.zero_grad(), on_cache.zero_grad()
         expected, gradients = step(on_photos, plain.loaders, transform)
@@ -98,12 +100,13 @@ def assert_predicts_the_same_from_photos(experiment: Experiment, index: ShardInd
     for fold in folds:
         folder, model = experiment.fold_folder("net", fold), experiment.models["net"]
         held_out = read_predictions(folder / "predictions.parquet")
-        model_inputs = open_inputs(experiment, model, index, accelerator, train=False, recorded=fold_tower(folder))
-        network = new_network(model, model_inputs, pretrained=False)
+        tower = recorded_tower(experiment, model, fold_tower(folder))
+        data = open_inputs(experiment, model, index, accelerator, tower)
+        network = new_network(model, data, pretrained=False)
         load_weights(folder / "weights", network)
         rows = np.array([list(index.lesion_ids).index(each) for each in held_out.lesion_ids])
-        again = evaluate(network, model_inputs.loaders, rows, accelerator, micro_batch=8).logits
-        assert not model_inputs.frozen and len(rows) == LESIONS // 2
+        again = evaluate(network, data.loaders, rows, accelerator, micro_batch=8).logits
+        assert not data.frozen_blocks and len(rows) == LESIONS // 2
         np.testing.assert_allclose(held_out.logits, again, atol=20 * HALF * float(np.abs(again).max()))
 
 
@@ -131,9 +134,9 @@ def test_held_out_lesions_are_predicted_from_the_output_of_vit_blocks(tmp_path, 
 
 def test_only_views_that_the_network_uses_are_cached(tmp_path, index):
     experiment = settings(index, tmp_path / "run", TOWERS["by view"], "models.net.use=[dermoscopic, metadata]")
-    model_inputs, network = opened(experiment, index)
-    assert list(model_inputs.frozen) == ["dermoscopic"] and len(list((tmp_path / "cache").iterdir())) == 1
-    (batch,) = model_inputs.loaders.sequential(np.arange(4), 4, torch.device("cpu"))
+    data, network = opened(experiment, index)
+    assert list(data.frozen_blocks) == ["dermoscopic"] and len(list((tmp_path / "cache").iterdir())) == 1
+    (batch,) = data.loaders.sequential(np.arange(4), 4, torch.device("cpu"))
     each = batch.micro_batches[0]
     assert each.clinical.numel() == 0 and each.dermoscopic.shape[1:] == network.towers["dermoscopic"].input_shape
 

@@ -14,6 +14,7 @@ from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import is_fold_finished
 from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_tower import training_tower
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.metrics_log import read_metrics
@@ -121,6 +122,7 @@ def test_means_are_of_whole_tokens_where_another_model_reads_those(tmp_path, oth
     if other:
         words.append(f"models.b={{kind: trimodal, width: 16, heads: 2, {tower}}}")
     experiment = load(Experiment, None, words)
-    open_inputs(experiment, experiment.models["a"], index, start_training(experiment.models["a"].train), train=True)
+    model = experiment.models["a"]
+    open_inputs(experiment, model, index, start_training(model.train), training_tower(experiment, model, index))
     folders = {path.name.rpartition("-")[2] == "mean" for path in experiment.token_folder.iterdir()}
     assert folders == ({True, False} if other else {True})

@@ -19,6 +19,7 @@ from triderm_dist.doctor.networks import Hardware, network_findings
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import fold_tower, is_fold_finished, result_hash
 from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_tower import recorded_tower
 from triderm_dist.engine.network_files import load_weights, read_info, read_weights
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
@@ -96,8 +97,9 @@ def tower_of(config: Experiment) -> JoinedTower:
 def test_tokens_from_photos_are_those_of_the_cache(sets, run):
     record, tower = fold_tower(run.fold_folder("m", 0)), tower_of(run)
     assert record.token_shape.parts == (256, 256, 256, 4) and record.width == 772
-    model_inputs = open_inputs(run, run.models["m"], sets[0], start_inference("fp32"), train=False, recorded=record)
-    cache, rows = model_inputs.loaders.source.cache, np.arange(6)
+    model = run.models["m"]
+    data = open_inputs(run, model, sets[0], start_inference("fp32"), recorded_tower(run, model, record))
+    cache, rows = data.loaders.source.cache, np.arange(6)
     photos = LoaderFactory(sets[0], PhotoSource(sets[0], record.image_size, record.mean, record.std))
     batch = next(iter(photos.sequential(rows, 6, torch.device("cpu")))).micro_batches[0]
     for number, view in enumerate(("clinical", "dermoscopic")):

@@ -15,8 +15,10 @@ from triderm_dist.data import token_cache
 from triderm_dist.data.token_cache import CHUNK, HEADER, TokenCache
 from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel
-from triderm_dist.engine import model_inputs, token_extraction
+from triderm_dist.engine import token_extraction
 from triderm_dist.engine.bench import synthetic_shards
+from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_tower import training_tower
 from triderm_dist.models.cpu_tower import TOLERANCE
 
 LESIONS = CHUNK + 10
@@ -38,7 +40,9 @@ def extracted(run: Path, tokens: str, *words: str) -> dict[str, np.ndarray]:
     )
     index = synthetic_shards(run / "shards", LESIONS, 40)
     accelerator = parallel.start_inference("fp32")
-    model_inputs.open_inputs(experiment, experiment.models["net"], index, accelerator, train=True, transforms=2)
+    model = experiment.models["net"]
+    tower = training_tower(experiment, model, index)
+    open_inputs(experiment, model, index, accelerator, tower, transforms=2)
     files = sorted((run / tokens).rglob("*.tokens"))
     return {str(file.relative_to(run / tokens)): tokens_of(file) for file in files}
 

@@ -18,7 +18,8 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.fold import add_trained_parts, new_network
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_inputs import Notes, open_inputs
+from triderm_dist.engine.model_tower import training_tower
 from triderm_dist.engine.trainer import Trainer, TrainingData
 
 SMALL = {
@@ -66,13 +67,14 @@ def create_trainer(
     torch.cuda.empty_cache()
     model, index = experiment.models["net"], read_index(shards)
     accelerator = accelerator or parallel.start_training(model.train)
-    model_inputs = open_inputs(experiment, model, index, accelerator, train=True, brief=True)
+    tower = training_tower(experiment, model, index)
+    data = open_inputs(experiment, model, index, accelerator, tower, note=Notes(quiet=True))
     torch.manual_seed(0)
-    network = add_trained_parts(new_network(model, model_inputs), model, index.task).to(accelerator.device)
+    network = add_trained_parts(new_network(model, data), model, index.task).to(accelerator.device)
     rows = np.arange(len(index))
     return Trainer(
         name="net", network=network, head=model.head, config=model.train,
-        data=TrainingData(model_inputs.loaders, rows, model_inputs.loaders, rows[:0]),
+        data=TrainingData(data.loaders, rows, data.loaders, rows[:0]),
         folder=FoldFolder(folder, ["result"], ["resume"]), seed=0, accelerator=accelerator,
     )  # fmt: skip
 

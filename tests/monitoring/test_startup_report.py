@@ -15,6 +15,7 @@ from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_tower import training_tower
 from triderm_dist.engine.trainer import Trainer, TrainingData
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
@@ -85,7 +86,8 @@ def test_start_reports_photos_of_a_different_size(tmp_path, capsys):
     (size,) = index.photo_sizes
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
     for each in (index, mixed):
-        open_inputs(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
+        tower = training_tower(Experiment(), settings(), each)
+        open_inputs(Experiment(), settings(), each, Accelerator(cpu=True), tower)
     output = " ".join(capsys.readouterr().out.split())
     assert output.count("note: ") == 2
     assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}" in output and "A and B" in output
@@ -118,11 +120,11 @@ def run(tmp_path_factory):
         optim={"warmup_epochs": 0},
     )
     accelerator = Accelerator(cpu=True)
-    model_inputs = open_inputs(Experiment(), model, index, accelerator, train=True)
+    opened = open_inputs(Experiment(), model, index, accelerator, training_tower(Experiment(), model, index))
     network = build_network(model, index.signature, build_towers(model.tower))
     flops = training_flops(network)
     rows, reads = np.arange(56), []
-    data = TrainingData(model_inputs.training, rows, model_inputs.loaders, np.arange(56, 64))
+    data = TrainingData(opened.training, rows, opened.loaders, np.arange(56, 64))
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
         Trainer(

@@ -41,6 +41,7 @@ def main(config: BenchRun) -> None:
     from triderm_dist.engine import bench, cpu_precision
     from triderm_dist.engine.fold import add_trained_parts, model_config, new_network
     from triderm_dist.engine.model_inputs import open_inputs
+    from triderm_dist.engine.model_tower import training_tower
     from triderm_dist.tasks import load_task, milk10k_task
 
     if config.record:
@@ -60,7 +61,7 @@ def main(config: BenchRun) -> None:
         accelerator.wait_for_everyone()
         index = read_index(shards)
     experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
-    model_inputs = open_inputs(experiment, model, index, accelerator, train=True)
+    model_inputs = open_inputs(experiment, model, index, accelerator, training_tower(experiment, model, index))
     network = add_trained_parts(new_network(model, model_inputs), model, index.task).to(accelerator.device)
     if cpu_precision.is_measured(train, accelerator):
         with tempfile.TemporaryDirectory() as kept:  # the choice of this machine, today

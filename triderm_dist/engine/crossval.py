@@ -44,7 +44,7 @@ from triderm_dist.engine.fold_folder import (
     remove_obsolete_checkpoints,
 )
 from triderm_dist.engine.fold_results import later_seconds
-from triderm_dist.engine.model_inputs import ModelInputs, mean_tokens, open_training_inputs
+from triderm_dist.engine.model_inputs import ModelInputs, Notes, mean_tokens, open_training_inputs
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_train_settings
 from triderm_dist.engine.warm_start import transfer_weights
@@ -124,7 +124,7 @@ def run_trainings(
     matched, extra = open_extra_sets(experiment, index), None
     trainings = {name: remaining(name) for name in models}
     order = [name for name in models for _ in trainings[name]]
-    printed: set[str] = set()
+    note = Notes(quiet=brief)
     with Stop() as stop:
         for name in dict.fromkeys(order):
             accelerator = parallel.start_training(experiment.models[name].train, experiment.rank_timeout)
@@ -133,7 +133,7 @@ def run_trainings(
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
             model_inputs = open_training_inputs(
                 experiment, name, index, accelerator,
-                extra=extra, transforms=transforms, after_chunk=stop.check, printed=printed, brief=brief,
+                extra=extra, transforms=transforms, note=note, after_chunk=stop.check,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended
@@ -274,7 +274,9 @@ class FoldRun:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if start := self.model_inputs.start:
             # Frozen blocks that are cached are the same for all folds.
-            predicted = np.flatnonzero(self.assignment >= 0) if self.model_inputs.frozen else self.validation_rows
+            predicted = (
+                np.flatnonzero(self.assignment >= 0) if self.model_inputs.frozen_blocks else self.validation_rows
+            )
             transfer = transfer_weights(network, self.model, start.choose(predicted))
             accelerator.print(wrapped(f"{self.title}: {transfer.describe()}"), flush=True)
             about = {**transfer.json(), "networks": [each.weights for each in start.networks]}
@@ -315,8 +317,8 @@ class FoldRun:
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
         with self._writers() as write:
             evaluate_hidden(
-                network, self.model_inputs.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs),
-                write, micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
+                network, self.model_inputs.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs), write,
+                micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
             )  # fmt: skip
 
     @contextmanager

@@ -14,8 +14,9 @@ from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank, on_main
 from triderm_dist.engine.fold import check_run_task, model_config
 from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_tower import recorded_tower
 from triderm_dist.engine.token_extraction import PLAIN
-from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, save_tower
 
 
 def frozen_model(model: ModelConfig) -> ModelConfig:
@@ -35,8 +36,9 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> tuple[np
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
     recorded = on_main(partial(find_tower, experiment.folder / FOLDER, model.tower, True))
     frozen = frozen_model(model)
-    model_inputs = open_inputs(experiment, frozen, index, accelerator, train=False, recorded=recorded, save_record=True)
-    source = model_inputs.loaders.source
+    tower = recorded_tower(experiment, frozen, recorded)
+    on_main(partial(save_tower, experiment.folder / FOLDER, tower.record, tower.frozen))
+    source = open_inputs(experiment, frozen, index, accelerator, tower).loaders.source
     assert isinstance(source, TokenSource) and isinstance(source.cache, TokenCache)
     cache, num_views = source.cache, len(source.views)
     result = np.empty((len(index), num_views, cache.shape[1]), np.float32)
@@ -44,4 +46,4 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> tuple[np
         for rows in cache.parts(chunk):
             for view in range(num_views):
                 result[rows, view] = cache.numbers(rows, view, PLAIN).mean(axis=1, dtype=np.float32)
-    return result.reshape(len(index), -1), model_inputs.tower
+    return result.reshape(len(index), -1), tower.record

@@ -19,6 +19,7 @@ from triderm_dist.distributed import parallel
 from triderm_dist.engine.evaluate import network_inputs
 from triderm_dist.engine.fold import assigned_folds, fold_tower, load_network, model_config, trained_fold
 from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
+from triderm_dist.engine.model_tower import recorded_tower
 from triderm_dist.losses import HeadKind, probabilities
 from triderm_dist.models import network_class
 from triderm_dist.models.attention import AttentionMaps, semantic_values
@@ -91,15 +92,15 @@ def _attention_maps(
         info, index = trained_fold(folder, index)
         recorded[fold] = fold_tower(folder, info)
     model_inputs: dict[TowerRecord | None, ModelInputs] = {}
-    for tower in recorded.values():
-        if tower not in model_inputs:
-            model_inputs[tower] = open_inputs(experiment, model, index, accelerator, train=False, recorded=tower)
+    for record in recorded.values():
+        if record not in model_inputs:
+            model_inputs[record] = open_inputs(
+                experiment, model, index, accelerator, recorded_tower(experiment, model, record)
+            )
     networks: dict[int, TriModal] = {}
     for row, folds in sorted(folds_of.items(), key=lambda item: list(item[1])):
         networks = {fold: network for fold, network in networks.items() if fold in folds}  # frees the others
-        batches = {
-            tower: _batch(model_inputs[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}
-        }
+        batches = {each: _batch(model_inputs[each].loaders, row, device) for each in {recorded[fold] for fold in folds}}
         for fold in folds:
             if fold not in networks:
                 network = load_network(model, model_inputs[recorded[fold]], experiment.fold_folder(name, fold))

@@ -16,7 +16,7 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.data.union import ExtraSet, match_extra_set
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
-from triderm_dist.engine.model_inputs import open_training_inputs
+from triderm_dist.engine.model_inputs import Notes, open_training_inputs
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
@@ -91,13 +91,13 @@ def prepare_trainings(experiment: Experiment, index: ShardIndex, names: Sequence
     if extra:
         accelerator = start_training(experiment.models[names[0]].train)
         extra = without_shared_photos(extra, index, experiment, accelerator)
-    printed: set[str] = set()
+    note = Notes()
     for name in names:
         if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
             # Computes what the cache lacks.
             open_training_inputs(
-                experiment, name, index, accelerator, extra=extra, transforms=experiment.oof.tta, printed=printed
+                experiment, name, index, accelerator, extra=extra, transforms=experiment.oof.tta, note=note
             )
 
 

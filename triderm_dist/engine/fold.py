@@ -49,8 +49,8 @@ def new_network(model: ModelConfig, model_inputs: ModelInputs, pretrained: bool 
         return build_network(model, signature, model_inputs.token_shape)
     tower = None if pretrained else model_inputs.tower.build()
     network = build_network(model, signature, build_towers(model.tower, signature.views, tower))
-    if model_inputs.frozen:
-        network.load_frozen(model_inputs.frozen)
+    if model_inputs.frozen_blocks:
+        network.load_frozen(model_inputs.frozen_blocks)
         network.skip_frozen()
     return network
 

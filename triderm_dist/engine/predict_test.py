@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from triderm_dist.config import Experiment, Networks
+from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import is_main, on_main
@@ -27,7 +28,8 @@ from triderm_dist.engine.fold import (
     network_folders,
     trained_fold,
 )
-from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
+from triderm_dist.engine.model_inputs import ModelInputs, Notes, open_inputs
+from triderm_dist.engine.model_tower import recorded_tower
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, TEST, predictions_writer
@@ -47,7 +49,7 @@ def predict_test(
     models = list(models)
     folders = {name: network_folders(experiment, name, networks) for name in models}
     batch = experiment.predict.batch
-    printed: set[str] = set()
+    note = Notes()
     for name in models:
         model = model_config(experiment, name)
         opened: dict[TowerRecord | None, ModelInputs] = {}
@@ -58,17 +60,19 @@ def predict_test(
             if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():
                 continue
             accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
-            tower = fold_tower(folder, info)
-            if tower not in opened:
-                opened[tower] = open_inputs(
-                    experiment, model, index, accelerator,
-                    train=False, transforms=transforms, recorded=tower, printed=printed,
-                )  # fmt: skip
-            model_inputs = opened[tower]
+            record = fold_tower(folder, info)
+            if record not in opened:
+                tower = recorded_tower(experiment, model, record)
+                opened[record] = open_inputs(
+                    experiment, model, index, accelerator, tower, transforms=transforms, note=note
+                )
+            model_inputs = opened[record]
             network = load_network(model, model_inputs, folder)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
             about = index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
-            write = partial(_predict, folder / "test.parquet", network, model_inputs, accelerator, transforms, about)
+            write = partial(
+                _predict, folder / "test.parquet", network, model_inputs.loaders, accelerator, transforms, about
+            )
             # A process killed before test.json is written must not leave that of the earlier predictions.
             on_main(partial((folder / "test.json").unlink, missing_ok=True))
             _, batch = with_smaller_batches(write, batch, "predict.batch")
@@ -81,18 +85,18 @@ def predict_test(
 def _predict(
     path: Path,
     network: nn.Module,
-    model_inputs: ModelInputs,
+    loaders: LoaderFactory[ShardIndex],
     accelerator: Accelerator,
     transforms: int,
     about: tuple[Any, ...],
     batch: int,
 ) -> None:
     """Predict all lesions and write the file on rank 0. about: further arguments of `as_predictions`."""
-    rows = np.arange(len(model_inputs.loaders.index))
+    rows = np.arange(len(loaders.index))
     writer = predictions_writer(path, split=TEST, transforms=transforms) if is_main() else nullcontext(lambda _: None)
     with writer as write:
         evaluate_hidden(
-            network, model_inputs.loaders, rows, accelerator, (None,),
+            network, loaders, rows, accelerator, (None,),
             lambda name, evaluation: write(as_predictions(evaluation, *about)),
             micro_batch=batch, transforms=transforms,
         )  # fmt: skip

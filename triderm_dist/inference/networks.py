@@ -16,7 +16,7 @@ from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
 from triderm_dist.engine.embed import frozen_model
 from triderm_dist.engine.fold import fold_tower
-from triderm_dist.engine.model_inputs import open_tower
+from triderm_dist.engine.model_tower import open_tower
 from triderm_dist.engine.network_files import load_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.stack_inputs import embedding_tower, embeddings_path

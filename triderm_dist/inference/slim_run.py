@@ -17,7 +17,7 @@ import yaml
 
 from triderm_dist.config import CONFIG_FILE, Experiment, RemoteConfig, save
 from triderm_dist.engine.fold import fold_tower
-from triderm_dist.engine.model_inputs import open_tower
+from triderm_dist.engine.model_tower import open_tower
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.fitted_stacker import model_path

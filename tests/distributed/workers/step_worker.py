@@ -20,6 +20,7 @@ from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.fold import add_trained_parts, new_network
 from triderm_dist.engine.model_inputs import open_inputs
+from triderm_dist.engine.model_tower import training_tower
 from triderm_dist.engine.step import TrainStep
 from triderm_dist.losses import CompoundLoss
 
@@ -67,9 +68,9 @@ def main(shards: str, output: str, cases: str) -> None:
         model = config.models["tri"]
         precision = case.get("gradients", "fp32")
         accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9, gradients=precision)
-        model_inputs = open_inputs(config, model, index, accelerator, train=True)
+        data = open_inputs(config, model, index, accelerator, training_tower(config, model, index))
         torch.manual_seed(0)
-        network = add_trained_parts(new_network(model, model_inputs), model, index.task)
+        network = add_trained_parts(new_network(model, data), model, index.task)
         gradients: dict[str, torch.Tensor] = {}
 
         def watched(network, gradients=gradients) -> torch.optim.Optimizer:
@@ -89,9 +90,7 @@ def main(shards: str, output: str, cases: str) -> None:
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
         first = next(iter(batches))
-        (step,) = model_inputs.loaders.create(
-            [first], case["micro_batch"], accelerator.device, augment=model.train.augment
-        )
+        (step,) = data.loaders.create([first], case["micro_batch"], accelerator.device, augment=model.train.augment)
         wrapped.train()
         guard = NonFiniteGuard(accelerator, optimizer)
         take_step = TrainStep(accelerator, wrapped, prepared, loss, model.train, guard)
@@ -109,8 +108,8 @@ def main(shards: str, output: str, cases: str) -> None:
         accelerator.wait_for_everyone()
     rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
     torch.manual_seed(0)
-    network = accelerator.prepare_model(new_network(model, model_inputs), evaluation_mode=True)
-    seen = evaluate(network, model_inputs.loaders, rows, accelerator, micro_batch=4, transforms=2)
+    network = accelerator.prepare_model(new_network(model, data), evaluation_mode=True)
+    seen = evaluate(network, data.loaders, rows, accelerator, micro_batch=4, transforms=2)
     if accelerator.is_main_process:
         outputs = {name: torch.from_numpy(array) for name, array in vars(seen).items()}
         save_file(outputs, f"{output}/evaluation-{accelerator.num_processes}.safetensors")
