@@ -55,7 +55,8 @@ from triderm_dist.runtime.terminal import counted, wrapped
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]
-FoldRunFactory = Callable[[ModelInputs, Stop, Display], "FoldRun"]
+FoldRunFactory = Callable[..., "FoldRun"]
+"""Creates a `FoldRun` from its `model_inputs`, `stop` and `display`, given by name."""
 
 
 @collectives.interrupt_on_lost_rank()
@@ -92,10 +93,13 @@ def run_folds(
             for fold in folds:
                 remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
         return [
-            partial(FoldRun, experiment, name, fold, assignment, on_start, on_validation)
+            partial(
+                FoldRun, experiment=experiment, name=name, fold=fold, assignment=assignment,
+                on_start=on_start, on_validation=on_validation,
+            )
             for fold in folds
             if not is_fold_finished(experiment, index, name, fold)
-        ]
+        ]  # fmt: skip
 
     run_trainings(
         experiment, index, list(models), remaining,
@@ -141,7 +145,7 @@ def run_trainings(
                 later = later_seconds(experiment, order, number)
                 run = experiment.folder.resolve().name
                 display = Display(run, number + 1, len(order), brief or position > 0, in_parallel, later)
-                training = create(model_inputs, stop, display)
+                training = create(model_inputs=model_inputs, stop=stop, display=display)
                 with lock_fold(training.path):
                     training.run()
 
@@ -154,7 +158,7 @@ class _Outcome:
     init: dict[str, Any] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoldRun:
     """Training and prediction of one fold of one model.
 
@@ -165,15 +169,20 @@ class FoldRun:
     name: str
     fold: int
     assignment: np.ndarray
-    on_start: OnStart
-    on_validation: OnValidation | None
     model_inputs: ModelInputs
     stop: Stop
     display: Display
+    on_start: OnStart = lambda: None
+    on_validation: OnValidation | None = None
 
     @property
     def path(self) -> Path:
         return self.experiment.fold_folder(self.name, self.fold)
+
+    @property
+    def key(self) -> int | str:
+        """What the hashes of the training contain of its lesions, see `result_hash`."""
+        return self.fold
 
     @property
     def title(self) -> str:
@@ -196,8 +205,8 @@ class FoldRun:
 
     @cached_property
     def folder(self) -> FoldFolder:
-        fold = (self.experiment, self.index, self.name, self.fold)
-        return FoldFolder(self.path, result_hashes(*fold), resume_hashes(*fold))
+        training = (self.experiment, self.index, self.name, self.key)
+        return FoldFolder(self.path, result_hashes(*training), resume_hashes(*training))
 
     @property
     def index(self) -> ShardIndex:

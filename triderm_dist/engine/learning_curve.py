@@ -20,8 +20,8 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.crossval import FoldRun, FoldRunFactory, run_trainings
-from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hashes, resume_hashes
-from triderm_dist.engine.fold_folder import FoldFolder, is_finished
+from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hashes
+from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.predictions import PARTS, part_folder
 from triderm_dist.schema import ConfigError, DataError
 
@@ -47,7 +47,7 @@ def train_learning_curve(experiment: Experiment, index: ShardIndex, models: Sequ
     def remaining(name: str) -> list[FoldRunFactory]:
         trainings = [(percent, fold) for percent in PARTS for fold in range(experiment.data.folds)]
         return [
-            partial(_PartOfFold, experiment, name, fold, assignment, lambda: None, None, percent=percent)
+            partial(_PartOfFold, experiment=experiment, name=name, fold=fold, assignment=assignment, percent=percent)
             for percent, fold in trainings
             if not is_finished(
                 part_folder(experiment.folder, name, percent, fold),
@@ -83,7 +83,7 @@ def _key(fold: int, percent: int) -> str:
     return f"fold {fold}, {percent}% of its training lesions"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _PartOfFold(FoldRun):
     """The training of a fold on a subset of its lesions."""
 
@@ -92,6 +92,10 @@ class _PartOfFold(FoldRun):
     @property
     def path(self) -> Path:
         return part_folder(self.experiment.folder, self.name, self.percent, self.fold)
+
+    @property
+    def key(self) -> str:
+        return _key(self.fold, self.percent)
 
     @property
     def title(self) -> str:
@@ -104,11 +108,6 @@ class _PartOfFold(FoldRun):
     @property
     def extra_info(self) -> dict[str, Any]:
         return {"percent": self.percent, "lesions": len(self.train_rows)}
-
-    @cached_property
-    def folder(self) -> FoldFolder:
-        training = (self.experiment, self.index, self.name, _key(self.fold, self.percent))
-        return FoldFolder(self.path, result_hashes(*training), resume_hashes(*training))
 
     @cached_property
     def train_rows(self) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -23,8 +23,8 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.crossval import FoldRun, FoldRunFactory, run_trainings
-from triderm_dist.engine.fold import assigned_folds, model_config, result_hashes, resume_hashes
-from triderm_dist.engine.fold_folder import FoldFolder, is_trained, remove_obsolete_checkpoints
+from triderm_dist.engine.fold import assigned_folds, model_config, result_hashes
+from triderm_dist.engine.fold_folder import is_trained, remove_obsolete_checkpoints
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import CheckpointError, DataError
@@ -45,7 +45,7 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
             on_main(partial(_record_folds, path, trained))
             on_main(partial(remove_obsolete_checkpoints, path))
             return []
-        return [partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None, folds=trained)]
+        return [partial(_Refit, experiment=experiment, name=name, fold=NO_FOLD, assignment=assignment, folds=trained)]
 
     run_trainings(experiment, index, models, remaining)
 
@@ -102,7 +102,7 @@ def _executed_as(experiment: Experiment, name: str, folder: Path) -> Experiment:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Refit(FoldRun):
     """A training without held-out lesions."""
 
@@ -111,6 +111,10 @@ class _Refit(FoldRun):
     @property
     def path(self) -> Path:
         return self.experiment.refit_folder(self.name)
+
+    @property
+    def key(self) -> str:
+        return self.folds.key
 
     @property
     def title(self) -> str:
@@ -127,11 +131,6 @@ class _Refit(FoldRun):
     @property
     def extra_info(self) -> dict[str, Any]:
         return {"refit_of": self.folds.weights}
-
-    @cached_property
-    def folder(self) -> FoldFolder:
-        training = (self.experiment, self.index, self.name, self.folds.key)
-        return FoldFolder(self.path, result_hashes(*training), resume_hashes(*training))
 
     @property
     def validation_rows(self) -> np.ndarray:
