@@ -175,10 +175,10 @@ def build_step(settings: LaunchesRun, name: str, mode: Mode) -> Callable[[], Any
     batches = [synthetic_batch(network, settings.micro_batch) for _ in range(settings.micro_batches)]
     context: AbstractContextManager[None] = on_graph_stream(accelerator.device) if mode == "graph" else nullcontext()
     with context:
+        compiled = config.model_copy(update={"compile": mode != "eager"})
         wrapped, prepared, optimizer = parallel.wrap(
-            accelerator, network, partial(build_optimizer, config=config.optim), config.activation_checkpointing,
-            mode != "eager",
-        )  # fmt: skip
+            accelerator, network, partial(build_optimizer, config=config.optim), compiled
+        )
     wrapped.train()
     classes, heads = len(signature().diagnoses), 1 + len(signature().views)
     loss = CompoundLoss(config.loss, model.head, np.ones(classes), heads).to(accelerator.device)

@@ -205,13 +205,7 @@ def _measured_peaks(
     network = network.to(device)
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(device, graphed):
-        prepared = parallel.wrap(
-            accelerator,
-            network,
-            partial(build_optimizer, config=config.optim),
-            config.activation_checkpointing,
-            config.compile,
-        )
+        prepared = parallel.wrap(accelerator, network, partial(build_optimizer, config=config.optim), config)
     wrapped, _, optimizer = prepared
     average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
     loss = CompoundLoss(config.loss, model.head, np.ones(len(index.diagnoses))).to(device)

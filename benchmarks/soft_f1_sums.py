@@ -111,7 +111,7 @@ def open_training(settings: SumsRun) -> Training:
     network = new_network(model, model_inputs)
     loss = CompoundLoss(model.train.loss, model.head, np.bincount(index.labels, minlength=len(index.diagnoses)))
     wrapped, prepared, optimizer = parallel.wrap(
-        accelerator, network, lambda net: build_optimizer(net, model.train.optim), False, False
+        accelerator, network, lambda net: build_optimizer(net, model.train.optim), model.train
     )
     guard = NonFiniteGuard(accelerator, optimizer)
     configs = {

@@ -274,9 +274,7 @@ def training_step(
     build = partial(build_optimizer, config=config.optim)
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(accelerator.device, graphed):
-        prepared = parallel.wrap(
-            accelerator, network, build, config.activation_checkpointing, config.compile, config.gradient_precision
-        )
+        prepared = parallel.wrap(accelerator, network, build, config)
     wrapped, _, optimizer = prepared
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)

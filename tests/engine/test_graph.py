@@ -54,7 +54,7 @@ class Run:
         accelerator = parallel.start_training(config)
         network = build_network(model, SIGNATURE, TokenShape(3, 8))
         build = partial(build_optimizer, config=config.optim)
-        self.wrapped, prepared, optimizer = parallel.wrap(accelerator, network, build, False, False)
+        self.wrapped, prepared, optimizer = parallel.wrap(accelerator, network, build, config)
         self.scheduler = build_scheduler(optimizer, config.optim, 12, 6)
         self.guard = NonFiniteGuard(accelerator, optimizer)
         loss = CompoundLoss(config.loss, model.head, [3, 2, 1])

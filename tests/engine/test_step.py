@@ -81,7 +81,7 @@ def new_step(
     """Return the step of a network's training. term: instead of focal loss."""
     config, classes = model.train, np.ones(len(network.signature.diagnoses))
     build = partial(build_optimizer, config=config.optim)
-    wrapped, prepared, optimizer = parallel.wrap(accelerator, network, build, False, False)
+    wrapped, prepared, optimizer = parallel.wrap(accelerator, network, build, config)
     loss = CompoundLoss(config.loss, model.head, classes)
     if term:
         loss.terms["focal"] = term(config.loss, torch.from_numpy(classes))

@@ -339,22 +339,18 @@ def wrap(
     accelerator: Accelerator,
     network: Network,
     build_optimizer: Callable[[Network], torch.optim.Optimizer],
-    activation_checkpointing: bool,
-    compile_blocks: bool,
-    gradients: GradientPrecision = "fp32",
-    bucket_mb: float = 25.0,
+    config: TrainConfig,
 ) -> Prepared:
-    """Wrap a network, and build its optimizer.
+    """Wrap a network, and build its optimizer. config: of the training; that of the optimizer is not read.
 
-    gradients: precision in which ranks reduce them.  bucket_mb: MiB of gradients that DDP reduces at a time.
     Raises ConfigError if the result is not the strategy that the launcher asked for.
     """
     use_lesion_masks(network)
-    if accelerator.device.type == "cpu" and not compile_blocks:
+    if accelerator.device.type == "cpu" and not config.compile:
         use_fast_depthwise(network)
     if accelerator.device.type == "cuda":
         use_linear_patches(network)
-    prepare_blocks(network, activation_checkpointing, compile_blocks)
+    prepare_blocks(network, config.activation_checkpointing, config.compile)
     chosen = strategy_of(accelerator)
     wrapped: Any
     for message in HARMLESS:
@@ -366,11 +362,11 @@ def wrap(
     else:
         wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # adds autocast only
         if chosen == "fsdp2":
-            _shard(network, accelerator, gradients)
+            _shard(network, accelerator, config.gradient_precision)
         optimizer = build_optimizer(network)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
         if chosen == "ddp":
-            wrapped = _data_parallel(wrapped, accelerator, gradients, bucket_mb)
+            wrapped = _data_parallel(wrapped, accelerator, config)
     _assert_wrapped(chosen, network, wrapped)
     return Prepared(wrapped, prepared, optimizer)
 
@@ -384,18 +380,20 @@ def _refuse_batch_norms(accelerator: Accelerator, network: Network) -> None:
         )
 
 
-def _data_parallel(
-    network: nn.Module, accelerator: Accelerator, gradients: GradientPrecision, bucket_mb: float
-) -> nn.Module:
+def _data_parallel(network: nn.Module, accelerator: Accelerator, config: TrainConfig) -> nn.Module:
     """Wrap a network in DDP, also with one rank, where Accelerate would not.
 
     Gradients are views of the all-reduce buckets, which saves a copy. `RunningStatistics` synchronizes buffers.
     """
     devices = [accelerator.device] if accelerator.device.type == "cuda" else None
     wrapped = nn.parallel.DistributedDataParallel(
-        network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket_mb
+        network,
+        device_ids=devices,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        bucket_cap_mb=config.bucket_mb,
     )
-    if gradients == "bf16":
+    if config.gradient_precision == "bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
         wrapped.register_comm_hook(None, bf16_compress_hook)

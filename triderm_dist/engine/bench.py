@@ -113,12 +113,8 @@ def _build(
 ) -> tuple[nn.Module, TrainStep | GraphedStep, NonFiniteGuard]:
     """Wrap the network; return it, its training step, and the step's guard."""
     config = model.train
-    build = partial(build_optimizer, config=config.optim)
     with on_graph_stream(accelerator.device, graphed):
-        prepared = wrap(
-            accelerator, network, build, config.activation_checkpointing, config.compile,
-            config.gradient_precision, config.bucket_mb,
-        )  # fmt: skip
+        prepared = wrap(accelerator, network, partial(build_optimizer, config=config.optim), config)
     signature = loaders.index.signature
     counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
     loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)

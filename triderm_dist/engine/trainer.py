@@ -146,7 +146,8 @@ class Trainer:
         )  # fmt: skip
         accelerator.print(report, flush=True)
         untrained = untrained_tensors(network)
-        prepared = self._wrap(network, graphed)
+        with on_graph_stream(accelerator.device, graphed):
+            prepared = wrap(accelerator, network, self._build_optimizer, config)
         self.training = self._begin_or_resume(prepared, untrained, saved)
         self.guard = NonFiniteGuard(accelerator, prepared.torch_optimizer)
         self.step = build_step(accelerator, prepared, self.loss, config, self.guard, graphed)
@@ -161,15 +162,6 @@ class Trainer:
             return None
         half, strategy = self.accelerator.mixed_precision != "no", strategy_of(self.accelerator)
         return expect(network, self.config, compute, half, strategy, self.data.loaders.index.canvas)
-
-    def _wrap(self, network: Network, graphed: bool) -> Prepared:
-        """Wrap the network. graphed: steps are CUDA graphs."""
-        config = self.config
-        with on_graph_stream(self.accelerator.device, graphed):
-            return wrap(
-                self.accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
-                config.gradient_precision, config.bucket_mb,
-            )  # fmt: skip
 
     def _begin_or_resume(self, prepared: Prepared, untrained: Tensors, saved: Checkpoint | None) -> Training:
         """Return a training at its first step, or at that of the checkpoint `saved`, whose weights the network has.

@@ -82,8 +82,9 @@ def main(shards: str, output: str, cases: str) -> None:
             optimizer.register_step_pre_hook(keep)
             return optimizer
 
+        changes = {"activation_checkpointing": case.get("checkpointing", False), "gradient_precision": precision}
         wrapped, prepared, optimizer = parallel.wrap(
-            accelerator, network, watched, case.get("checkpointing", False), False, precision
+            accelerator, network, watched, model.train.model_copy(update=changes)
         )
         counts, heads = list(range(1, len(index.diagnoses) + 1)), 1 + len(index.signature.views)
         loss = CompoundLoss(model.train.loss, model.head, counts, heads)
