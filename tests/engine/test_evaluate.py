@@ -12,7 +12,7 @@ from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate, evaluate_hidden
+from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate, evaluate_parts
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.predictions import read_predictions
 
@@ -41,10 +41,10 @@ def test_each_hidden_input_is_as_if_the_lesions_lacked_it(setup, monkeypatch):
     plain = evaluate(network, loaders, rows, accelerator, micro_batch=4, transforms=2)
     assert len(passes) == 4
     parts: dict[str | None, list[Evaluation]] = {name: [] for name in (None, *INPUTS)}
-    evaluate_hidden(
-        network, loaders, rows, accelerator, tuple(parts), lambda name, part: parts[name].append(part),
-        micro_batch=4, transforms=2,
-    )  # fmt: skip
+    for name, part in evaluate_parts(
+        network, loaders, rows, accelerator, micro_batch=4, hidden=tuple(parts), transforms=2
+    ):
+        parts[name].append(part)
     assert [part.rows.tolist() for part in parts["metadata"]] == [[0, 1, 2, 3], [4, 5, 6]]
     found = {
         name: Evaluation(*map(np.concatenate, zip(*map(astuple, each), strict=True))) for name, each in parts.items()

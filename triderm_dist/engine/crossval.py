@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch, with_smaller_batches
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
-from triderm_dist.engine.evaluate import Evaluation, evaluate_hidden
+from triderm_dist.engine.evaluate import evaluate_parts
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.fold import (
     add_trained_parts,
@@ -324,27 +324,21 @@ class FoldRun:
         # A new network, since the trained one may be sharded or hold other weights than the selected ones.
         network = load_network(self.model, self.model_inputs, self.path)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-        with self._writers() as write:
-            evaluate_hidden(
-                network, self.model_inputs.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs), write,
-                micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
-            )  # fmt: skip
-
-    @contextmanager
-    def _writers(self) -> Iterator[Callable[[str | None, Evaluation], None]]:
-        """Yield a function of (hidden input or None, outputs for the next validation rows) that writes them on rank 0.
-
-        predictions.parquet is complete after the other files, since it marks a fold as predicted.
-        """
+        hidden = (None, *self.hidden_inputs)
         about = self.index, self.name, self.model.head, self.fold, read_info(self.path / "weights")["sha256"]
-        writers: dict[str | None, Callable[[Predictions], None]] = {}
         with ExitStack() as stack:
-            for name in (None, *self.hidden_inputs) if is_main() else ():
-                file, extra = ("predictions", {}) if name is None else (f"without_{name}", {"hidden": name})
-                transforms = self.experiment.oof.tta
-                writer = predictions_writer(self.path / f"{file}.parquet", transforms=transforms, **extra)
-                writers[name] = stack.enter_context(writer)
-            yield lambda name, evaluation: writers[name](as_predictions(evaluation, *about))
+            # predictions.parquet is complete after the other files, since it marks a fold as predicted.
+            writers = {name: stack.enter_context(self._writer(name)) for name in hidden} if is_main() else {}
+            for name, part in evaluate_parts(
+                network, self.model_inputs.loaders, self.validation_rows, accelerator, micro_batch=micro_batch,
+                hidden=hidden, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
+            ):  # fmt: skip
+                writers[name](as_predictions(part, *about))
+
+    def _writer(self, hidden: str | None) -> AbstractContextManager[Callable[[Predictions], None]]:
+        """Return the writer of the file of predictions with all inputs, or with one treated as missing."""
+        file, extra = ("predictions", {}) if hidden is None else (f"without_{hidden}", {"hidden": hidden})
+        return predictions_writer(self.path / f"{file}.parquet", transforms=self.experiment.oof.tta, **extra)
 
     @property
     def hidden_inputs(self) -> tuple[str, ...]:

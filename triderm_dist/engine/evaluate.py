@@ -6,7 +6,7 @@ Outputs are gathered batch by batch, so that memory does not grow with the numbe
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,48 +89,46 @@ def evaluate(
     run: Callable[[nn.Module, Batch], Outputs] = forward,
     names: Sequence[str] = OUTPUTS,
 ) -> Evaluation:
-    """Average the outputs for index `rows` (N,) over the first `transforms` transforms of the dihedral group.
-
-    Photos are decoded once; one forward pass per transform gives features and all logits. All batches have one shape:
-    the last one is padded. Call on all ranks; ranks other than 0 return an evaluation of no rows.
-    after_batch: called on all ranks after every batch, and may raise.  run: runs the network.
-    names: of the outputs to keep; the others are (N, 0).
-    """
-    parts = [Evaluation(np.empty(0, np.int64), *[np.empty((0, 0), np.float32)] * len(OUTPUTS))]
-    evaluate_hidden(
-        network, loaders, rows, accelerator, (None,), lambda name, part: parts.append(part),
+    """Return the outputs of `evaluate_parts` for all rows, with all inputs; ranks other than 0 one of no rows."""
+    parts = evaluate_parts(
+        network, loaders, rows, accelerator,
         micro_batch=micro_batch, transforms=transforms, after_batch=after_batch, run=run, names=names,
     )  # fmt: skip
-    columns = zip(*(vars(part).values() for part in parts[1:] or parts), strict=True)
+    nothing = Evaluation(np.empty(0, np.int64), *[np.empty((0, 0), np.float32)] * len(OUTPUTS))
+    columns = zip(*(vars(part).values() for part in [part for _, part in parts] or [nothing]), strict=True)
     return Evaluation(*(np.concatenate(column) for column in columns))
 
 
 @torch.no_grad()
-def evaluate_hidden(
+def evaluate_parts(
     network: nn.Module,
     loaders: LoaderFactory,
     rows: np.ndarray,
     accelerator: Accelerator,
-    hidden: Sequence[str | None],
-    keep: Callable[[str | None, Evaluation], None],
     *,
     micro_batch: int,
+    hidden: Sequence[str | None] = (None,),
     transforms: int = 1,
     after_batch: Callable[[], None] = lambda: None,
     run: Callable[[nn.Module, Batch], Outputs] = forward,
     names: Sequence[str] = OUTPUTS,
-) -> None:
-    """Evaluate as `evaluate`, once with each input of `hidden` treated as missing (see `hide_input`); None hides none.
+) -> Iterator[tuple[str | None, Evaluation]]:
+    """Yield, on rank 0, each of `hidden` with the outputs for the next of the index `rows` (N,), in their order.
 
-    Photos are decoded once, and encoded by the towers of a `Network` once, for all of `hidden`.
-    keep: called on rank 0 with each of `hidden` and the outputs for the next rows, in the order of `rows`.
+    Outputs are means over the first `transforms` transforms of the dihedral group. Photos are decoded once, and encoded
+    by the towers of a `Network` once, for all of `hidden`; one forward pass per transform gives features and all
+    logits. All batches have one shape: the last one is padded. Iterate on all ranks.
+
+    hidden: inputs that are treated as missing in turn (see `hide_input`); None hides none.
+    after_batch: called on all ranks after every batch, and may raise.  run: runs the network.
+    names: of the outputs to keep; the others are (N, 0).
     """
     network.eval()
     index, device = loaders.index, accelerator.device
     loader = loaders.sequential(
         rows, micro_batch, device, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    pending = _Pending(rows, names, keep)
+    pending = _Pending(rows, names)
     for step in loader:
         batch = step.micro_batches[0]
         outputs: dict[str | None, list[Outputs]] = {name: [] for name in hidden}
@@ -144,19 +142,19 @@ def evaluate_hidden(
                     outputs[name].append(run(network, hide_input(one, name, index.concepts) if name else one))
         for name in hidden:
             pending.add(name, step.count, mean_outputs(outputs[name], names))
-        pending.deliver(newest=len(hidden))  # copy the previous batch while the device computes this one
+        yield from pending.arrived(newest=len(hidden))  # copy the previous batch while the device computes this one
         note_progress()
         after_batch()
-    pending.deliver()
+    yield from pending.arrived()
 
 
 class _Pending:
-    """Outputs that are being copied from the device, until they are delivered to `keep` (see `evaluate_hidden`)."""
+    """Outputs of `evaluate_parts` that are being copied from the device."""
 
-    def __init__(self, rows: np.ndarray, names: Sequence[str], keep: Callable[[str | None, Evaluation], None]) -> None:
-        self._rows, self._names, self._keep = rows, names, keep
+    def __init__(self, rows: np.ndarray, names: Sequence[str]) -> None:
+        self._rows, self._names = rows, names
         self._copies: deque[tuple[str | None, list[int], int, HostCopy]] = deque()
-        self._delivered: Counter[str | None] = Counter()
+        self._arrived: Counter[str | None] = Counter()
 
     def add(self, name: str | None, count: int, outputs: Sequence[torch.Tensor]) -> None:
         """Gather the outputs (B, ...) of all ranks and begin to copy them. Call on all ranks.
@@ -168,17 +166,16 @@ class _Pending:
         if gathered is not None:
             self._copies.append((name, [output.shape[1] for output in outputs], count, HostCopy([gathered])))
 
-    def deliver(self, newest: int = 0) -> None:
-        """Deliver all copies but the `newest` ones."""
+    def arrived(self, newest: int = 0) -> Iterator[tuple[str | None, Evaluation]]:
+        """Wait for all copies but the `newest` ones, and yield them."""
         while len(self._copies) > newest:
             name, widths, count, copy = self._copies.popleft()
             values = np.split(copy.arrays()[0][:count], np.cumsum(widths)[:-1], axis=1)
             found = dict(zip(self._names, values, strict=True))
-            start = self._delivered[name]
-            self._delivered[name] += count
+            start = self._arrived[name]
+            self._arrived[name] += count
             rows = self._rows[start : start + count]
-            columns = (found.get(each, np.empty((count, 0), np.float32)) for each in OUTPUTS)
-            self._keep(name, Evaluation(rows, *columns))
+            yield name, Evaluation(rows, *(found.get(each, np.empty((count, 0), np.float32)) for each in OUTPUTS))
 
 
 def _encoded(network: Network, batch: Batch, accelerator: Accelerator) -> Batch:

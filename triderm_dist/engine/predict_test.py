@@ -19,7 +19,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import with_smaller_batches
-from triderm_dist.engine.evaluate import evaluate_hidden
+from triderm_dist.engine.evaluate import evaluate_parts
 from triderm_dist.engine.fold import (
     as_predictions,
     fold_tower,
@@ -95,11 +95,8 @@ def _predict(
     rows = np.arange(len(loaders.index))
     writer = predictions_writer(path, split=TEST, transforms=transforms) if is_main() else nullcontext(lambda _: None)
     with writer as write:
-        evaluate_hidden(
-            network, loaders, rows, accelerator, (None,),
-            lambda name, evaluation: write(as_predictions(evaluation, *about)),
-            micro_batch=batch, transforms=transforms,
-        )  # fmt: skip
+        for _, part in evaluate_parts(network, loaders, rows, accelerator, micro_batch=batch, transforms=transforms):
+            write(as_predictions(part, *about))
 
 
 def _inputs_hash(folder: Path) -> str | None:
