@@ -33,7 +33,6 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import AUGMENTATIONS, LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.data.readers.source import READERS
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import transfer_weights
 from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker
@@ -280,7 +279,7 @@ def network(run: Run) -> None:
     np.testing.assert_allclose(predictions.logits, weighted, rtol=1e-4, atol=1e-5)
     assert predictions.features.shape[1] == 2 * 32
     settings = load(Experiment, run.folder / "config.yaml").models["late"]
-    source = TrainedNetwork(run.fold("late"), read_info(run.fold("late") / "fold"))
+    source = TrainedNetwork.read(run.fold("late"))
     signature = replace(source.signature, diagnoses=source.signature.diagnoses[::-1])
     other = build_network(settings, signature, build_towers(settings.tower, signature.views))
     transfer = transfer_weights(other, settings, source)

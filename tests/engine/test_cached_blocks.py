@@ -19,11 +19,12 @@ from triderm_dist.distributed import parallel
 from triderm_dist.doctor.disk import estimate_disk
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.fold import fold_tower, is_fold_finished, new_network
+from triderm_dist.engine.fold import is_fold_finished, new_network
 from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
 from triderm_dist.engine.model_tower import recorded_tower, training_tower
 from triderm_dist.engine.network_files import load_weights, read_weights
 from triderm_dist.engine.refit import refit
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import ConfigError
@@ -100,7 +101,7 @@ def assert_predicts_the_same_from_photos(experiment: Experiment, index: ShardInd
     for fold in folds:
         folder, model = experiment.fold_folder("net", fold), experiment.models["net"]
         held_out = read_predictions(folder / "predictions.parquet")
-        tower = recorded_tower(experiment, model, fold_tower(folder))
+        tower = recorded_tower(experiment, model, TrainedNetwork.read(folder).tower)
         data = open_inputs(experiment, model, index, accelerator, tower)
         network = new_network(model, data, pretrained=False)
         load_weights(folder / "weights", network)

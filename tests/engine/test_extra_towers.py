@@ -17,12 +17,13 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.parallel import start_inference
 from triderm_dist.doctor.networks import Hardware, network_findings
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.engine.fold import fold_tower, is_fold_finished, result_hash
+from triderm_dist.engine.fold import is_fold_finished, result_hash
 from triderm_dist.engine.model_inputs import open_inputs
 from triderm_dist.engine.model_tower import recorded_tower
 from triderm_dist.engine.network_files import load_weights, read_info, read_weights
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.inference.exported_files import write_network
 from triderm_dist.inference.exported_network import ExportedNetwork
 from triderm_dist.inference.networks import FrozenTower
@@ -89,13 +90,13 @@ def moved_away(folder: Path) -> Iterator[None]:
 
 
 def tower_of(config: Experiment) -> JoinedTower:
-    tower = load_tower(config.folder / FOLDER, fold_tower(config.fold_folder("m", 0)))
+    tower = load_tower(config.folder / FOLDER, TrainedNetwork.read(config.fold_folder("m", 0)).tower)
     assert isinstance(tower, JoinedTower)
     return tower
 
 
 def test_tokens_from_photos_are_those_of_the_cache(sets, run):
-    record, tower = fold_tower(run.fold_folder("m", 0)), tower_of(run)
+    record, tower = TrainedNetwork.read(run.fold_folder("m", 0)).tower, tower_of(run)
     assert record.token_shape.parts == (256, 256, 256, 4) and record.width == 772
     model = run.models["m"]
     data = open_inputs(run, model, sets[0], start_inference("fp32"), recorded_tower(run, model, record))
@@ -117,7 +118,7 @@ def test_logits_are_those_of_the_auxiliary_head(other, run):
     from triderm_dist.engine.trained_network import TrainedNetwork
     from triderm_dist.models import build_towers
 
-    trained = TrainedNetwork(source, read_info(source / "fold"))
+    trained = TrainedNetwork.read(source)
     towers = build_towers(trained.config.tower, trained.signature.views)
     network = build_network(trained.config, trained.signature, towers).eval()
     network.load_state_dict(read_weights(source / "weights"))
@@ -147,8 +148,9 @@ def test_fold_records_where_its_towers_are_from_and_needs_that_run_no_more(sets,
 def test_predictions_refit_and_export_take_all_towers(sets, run, tmp_path):
     run_folds(run, sets[0], ["m"], [1])
     refit(run, sets[0], ["m"])
-    record = fold_tower(run.refit_folder("m"))
-    assert record == fold_tower(run.fold_folder("m", 0)) == fold_tower(run.fold_folder("m", 1))
+    folders = run.refit_folder("m"), run.fold_folder("m", 0), run.fold_folder("m", 1)
+    record, *others = (TrainedNetwork.read(folder).tower for folder in folders)
+    assert others == [record, record]
     test = pack_set(tmp_path / "test", MAIN, 6, 500)
     with moved_away(run.folder.parent / "source"):
         predict_test(run, test, ["m"])

@@ -19,8 +19,8 @@ from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.embed import embeddings
 from triderm_dist.engine.explain import attention_maps
-from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.predict_test import predict_test
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import CheckpointError
 
@@ -85,7 +85,7 @@ def test_copied_run_needs_no_pretrained_file(trained: tuple[Path, list[np.ndarra
     for one, other in zip(results(experiment), expected, strict=True):
         assert np.array_equal(one, other)
     # One record and one file of weights for both folds of the frozen model and for the embeddings.
-    names = {fold_tower(experiment.fold_folder(name, fold)).name for name in NAMES for fold in range(2)}
+    names = {TrainedNetwork.read(experiment.fold_folder(name, fold)).tower.name for name in NAMES for fold in range(2)}
     kept = sorted(path.name for path in (experiment.folder / "towers").iterdir())
     assert len(names) == 2 and {Path(name).stem for name in kept} == names and len(kept) == 3
 
@@ -117,7 +117,7 @@ def test_training_goes_without_the_file_of_a_frozen_tower(
 def test_fold_records_its_tower_and_the_photos_of_its_training(trained: tuple[Path, list[np.ndarray]]) -> None:
     experiment = settings(trained[0] / "run", trained[0] / "w.safetensors")
     for name in NAMES:
-        tower = fold_tower(experiment.fold_folder(name, 1))
+        tower = TrainedNetwork.read(experiment.fold_folder(name, 1)).tower
         assert (tower.image_size, tower.token_shape, tower.mean) == (32, (4, 64), (0.5, 0.5, 0.5))
         assert (tower.weights is not None) == (name == "frozen")
         info = json.loads((experiment.fold_folder(name, 1) / "fold.json").read_text())

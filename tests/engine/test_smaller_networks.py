@@ -90,7 +90,7 @@ def test_attention_is_that_of_the_views_and_tokens_of_the_task(trained):
 def test_fold_records_its_task_and_refuses_sets_of_another(trained):
     _, experiment, index = trained
     folder = experiment.fold_folder("trained", 0)
-    assert Task.from_mapping(trained_fold(folder, index)[0]["task"], "fold.json") == index.task
+    assert Task.from_mapping(trained_fold(folder, index)[0].info["task"], "fold.json") == index.task
     trained_fold(folder, replace(index, task=replace(index.task, title="A title", decision="argmax")))
     turned = replace(index, concepts=index.concepts[::-1], stored_concepts=index.concepts[::-1])
     matched = trained_fold(folder, turned)[1]

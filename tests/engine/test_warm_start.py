@@ -180,8 +180,8 @@ def test_a_frozen_tower_gets_the_trained_weights_and_outlives_the_run(sets, othe
     run_folds(config, main, ["cnn"], [0])
     (start,) = re.findall(r"starts from [^;]*;.*?left", " ".join(capsys.readouterr().out.split()))
     assert "frozen tower" in start and "towers." not in start
-    run = TrainedNetwork(folder := tmp_path / "run" / "cnn" / "fold-0", read_info(folder / "fold"))
-    (tower,) = tower_weights(run, read_weights(folder / "weights")).values()
+    run = TrainedNetwork.read(tmp_path / "run" / "cnn" / "fold-0")
+    (tower,) = tower_weights(run, read_weights(run.folder / "weights")).values()
     trained = read_weights(source / "cnn" / "fold-0" / "weights")
     for name, tensor in tower.items():
         assert torch.equal(tensor, trained[f"towers.dermoscopic.{name}"]), name

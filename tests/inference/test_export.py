@@ -30,9 +30,9 @@ from triderm_dist.config import CONFIG_DIR, Experiment, load_run
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_source import PhotoSource
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.locate import locate_run
 from triderm_dist.engine.network_files import read_info, save_weights, write_info
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.files import file_sha256
 from triderm_dist.inference.export import export_run
@@ -77,7 +77,7 @@ def names_in(folder: Path) -> set[str]:
 
 def towers_of(run: Path) -> set[str]:
     """Name the files of both towers: a record of each, and the weights of the frozen one."""
-    frozen, trained = (fold_tower(run / model / "fold-0").name for model in ("trimodal", "dual_cnn"))
+    frozen, trained = (TrainedNetwork.read(run / model / "fold-0").tower.name for model in ("trimodal", "dual_cnn"))
     return {f"towers/{frozen}.json", f"towers/{frozen}.safetensors", f"towers/{trained}.json"}
 
 

@@ -17,7 +17,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.evaluate import network_inputs
-from triderm_dist.engine.fold import assigned_folds, fold_tower, load_network, model_config, trained_fold
+from triderm_dist.engine.fold import assigned_folds, load_network, model_config, trained_fold
 from triderm_dist.engine.model_inputs import ModelInputs, open_inputs
 from triderm_dist.engine.model_tower import recorded_tower
 from triderm_dist.losses import HeadKind, probabilities
@@ -89,8 +89,8 @@ def _attention_maps(
     recorded: dict[int, TowerRecord | None] = {}
     for fold in sorted({fold for folds in folds_of.values() for fold in folds}):
         folder = experiment.fold_folder(name, fold)
-        info, index = trained_fold(folder, index)
-        recorded[fold] = fold_tower(folder, info)
+        trained, index = trained_fold(folder, index)
+        recorded[fold] = trained.tower
     model_inputs: dict[TowerRecord | None, ModelInputs] = {}
     for record in recorded.values():
         if record not in model_inputs:

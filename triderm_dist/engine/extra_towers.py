@@ -25,7 +25,6 @@ from triderm_dist.models.network import SHARED
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.models.towers import Tower, tower_hash
 from triderm_dist.schema import CheckpointError, ConfigError
-from triderm_dist.tasks import recorded_task
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ def _part(extra: ExtraTower, network: TrainedNetwork, main: TowerRecord) -> Part
     tower.eval()
     logits = described = None
     if extra.config.logits:
-        task = recorded_task(network.info, str(network.folder / "fold.json"))
-        described = describe_logits(network.config, task.to_mapping(), network.info["concepts"])
+        described = describe_logits(network.config, network.task.to_mapping(), network.info["concepts"])
         try:
             logits = build_logits(described, tower.width)
         except ConfigError as error:

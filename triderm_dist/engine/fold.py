@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ from triderm_dist.engine.warm_start import extra_identity, init_identity
 from triderm_dist.environment import read_environment
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
-from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import Predictions, predicted_by, read_transforms
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, Signature, Task
-from triderm_dist.tasks import recorded_task
 
 
 def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
@@ -160,9 +158,9 @@ def check_run_task(experiment: Experiment, index: ShardIndex) -> None:
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
             if (folder / "fold.json").exists():
-                task = recorded_task(read_info(folder / "fold"), str(folder / "fold.json"))
-                if not task.matches(index.task):
-                    raise DataError(f"{_other_task(folder, task, index)}; set another output")
+                trained = TrainedNetwork.read(folder)
+                if not trained.task.matches(index.task):
+                    raise DataError(f"{_other_task(trained, index)}; set another output")
 
 
 def network_folders(experiment: Experiment, name: str, networks: Networks = "folds") -> list[Path]:
@@ -180,32 +178,23 @@ def network_folders(experiment: Experiment, name: str, networks: Networks = "fol
     return folders
 
 
-def trained_fold(folder: Path, index: ShardIndex) -> tuple[dict[str, Any], ShardIndex]:
-    """Return the fold.json of the fold trained in a folder, and `index` with its concepts in the network's order.
+def trained_fold(folder: Path, index: ShardIndex) -> tuple[TrainedNetwork, ShardIndex]:
+    """Return the network of the fold trained in a folder, and `index` with its concepts in the network's order.
 
     Raises DataError if no fold is trained there, or if `index` is of another task or has other concepts.
     """
     if not (folder / "fold.json").exists():
         raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
-    info = read_info(folder / "fold")
-    task = recorded_task(info, str(folder / "fold.json"))
-    if not task.matches(index.task):
-        raise DataError(f"{_other_task(folder, task, index)}; pack both sets with the same task.yaml")
-    if sorted(info["concepts"]) != sorted(index.concepts):
+    trained = TrainedNetwork.read(folder)
+    if not trained.task.matches(index.task):
+        raise DataError(f"{_other_task(trained, index)}; pack both sets with the same task.yaml")
+    concepts = trained.info["concepts"]
+    if sorted(concepts) != sorted(index.concepts):
         raise DataError(
-            f"{index.folder}: its concepts are not those of the training set ({_difference(info['concepts'], index)}); "
+            f"{index.folder}: its concepts are not those of the training set ({_difference(concepts, index)}); "
             "pack the test set from matching metadata"
         )
-    return info, index.with_concepts(info["concepts"])
-
-
-def fold_tower(folder: Path, info: Mapping[str, Any] | None = None) -> TowerRecord | None:
-    """Return the record, in RUN/towers, of the tower of the fold trained in RUN/MODEL/fold-K.
-
-    Returns None for folds of versions that recorded no towers. info: its fold.json, if it was read already.
-    Raises CheckpointError if the fold is not trained, or if the record is missing or damaged.
-    """
-    return TrainedNetwork(folder, info or read_info(folder / "fold")).tower
+    return trained, index.with_concepts(concepts)
 
 
 def _difference(concepts: Sequence[str], index: ShardIndex) -> str:
@@ -215,8 +204,12 @@ def _difference(concepts: Sequence[str], index: ShardIndex) -> str:
     return "; ".join(f"{what} {', '.join(names)}" for what, names in (("without", lacks), ("also", adds)) if names)
 
 
-def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
-    return f"{folder}: trained for task {task.name!r}, and {index.folder} is packed for {task.named_other(index.task)}"
+def _other_task(trained: TrainedNetwork, index: ShardIndex) -> str:
+    task = trained.task
+    return (
+        f"{trained.folder}: trained for task {task.name!r}, and {index.folder} is packed for "
+        f"{task.named_other(index.task)}"
+    )
 
 
 def result_hashes(experiment: Experiment, index: ShardIndex, name: str, fold: int | str) -> tuple[str, ...]:

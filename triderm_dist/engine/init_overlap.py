@@ -24,7 +24,6 @@ from triderm_dist.data.shards.format import Text
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.trained_network import REFIT, TrainedNetwork
 from triderm_dist.engine.warm_start import find_networks
@@ -174,7 +173,7 @@ def _networks_before(network: TrainedNetwork) -> tuple[list[TrainedNetwork], lis
         model, _, part = about["network"].rpartition("/")
         folder = Path(about["run"], REFIT, model) if part == REFIT else Path(about["run"], model, part)
         try:
-            one = TrainedNetwork(folder, read_info(folder / "fold"))
+            one = TrainedNetwork.read(folder)
         except CheckpointError:
             one = None
         if one is None or one.weights != about["sha256"]:

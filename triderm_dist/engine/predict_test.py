@@ -22,7 +22,6 @@ from triderm_dist.distributed.out_of_memory import with_smaller_batches
 from triderm_dist.engine.evaluate import evaluate_parts
 from triderm_dist.engine.fold import (
     as_predictions,
-    fold_tower,
     load_network,
     model_config,
     network_folders,
@@ -54,22 +53,22 @@ def predict_test(
         model = model_config(experiment, name)
         opened: dict[TowerRecord | None, ModelInputs] = {}
         for folder in folders[name]:
-            info, index = trained_fold(folder, index)
+            trained, index = trained_fold(folder, index)
             transforms = experiment.predict.transforms
-            inputs = hashlib.sha256(f"{info['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
+            inputs = hashlib.sha256(f"{trained.weights} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():
                 continue
             accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
-            record = fold_tower(folder, info)
+            record = trained.tower
             if record not in opened:
-                tower = recorded_tower(experiment, model, record)
                 opened[record] = open_inputs(
-                    experiment, model, index, accelerator, tower, transforms=transforms, note=note
-                )
+                    experiment, model, index, accelerator, recorded_tower(experiment, model, record),
+                    transforms=transforms, note=note,
+                )  # fmt: skip
             model_inputs = opened[record]
             network = load_network(model, model_inputs, folder)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-            about = index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
+            about = index, name, model.head, NO_FOLD, trained.weights, trained.refit_of
             write = partial(
                 _predict, folder / "test.parquet", network, model_inputs.loaders, accelerator, transforms, about
             )

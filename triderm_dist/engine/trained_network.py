@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from triderm_dist.config import ModelConfig, build
+from triderm_dist.engine.network_files import read_info
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, read_tower
-from triderm_dist.schema import ConfigError, Signature
+from triderm_dist.schema import ConfigError, Signature, Task
 from triderm_dist.tasks import recorded_task
 
 REFIT = "refit"
@@ -22,6 +23,11 @@ class TrainedNetwork:
 
     folder: Path
     info: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainedNetwork:
+        """Read the fold.json in a folder. Raises CheckpointError if it is missing or damaged."""
+        return cls(folder, read_info(folder / "fold"))
 
     @property
     def run(self) -> Path:
@@ -51,9 +57,12 @@ class TrainedNetwork:
         return tuple(self.info.get("refit_of", ()))
 
     @property
+    def task(self) -> Task:
+        return recorded_task(self.info, str(self.folder / "fold.json"))
+
+    @property
     def signature(self) -> Signature:
-        task = recorded_task(self.info, str(self.folder / "fold.json"))
-        return task.signature(self.info["concepts"])
+        return self.task.signature(self.info["concepts"])
 
     @property
     def config(self) -> ModelConfig:

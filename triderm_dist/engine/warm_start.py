@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def find_networks(init: str, model: str, setting: str = "init") -> list[TrainedN
     if path.name == REFIT and not path.exists():
         path = path.parents[1] / REFIT / path.parent.name
     if (path / "fold.json").is_file():
-        return [_read(path)]
+        return [TrainedNetwork.read(path)]
     if not path.is_dir():
         raise ConfigError(
             f"{key}: no such run; write RUN, RUN/MODEL or RUN/MODEL/fold-K with a folder, a zip file or {HUB}USER/NAME "
@@ -71,9 +70,9 @@ def find_networks(init: str, model: str, setting: str = "init") -> list[TrainedN
         model = models[0]
     refit = path / REFIT / model
     if (refit / "fold.json").is_file():
-        return [_read(refit)]
+        return [TrainedNetwork.read(refit)]
     folds = sorted(path.glob(f"{model}/fold-*"), key=lambda folder: (len(folder.name), folder.name))
-    return [_read(folder) for folder in folds if (folder / "fold.json").is_file()]
+    return [TrainedNetwork.read(folder) for folder in folds if (folder / "fold.json").is_file()]
 
 
 def init_identity(experiment: Experiment, name: str, folder: Path) -> list[str]:
@@ -82,37 +81,36 @@ def init_identity(experiment: Experiment, name: str, folder: Path) -> list[str]:
     folder: that of the training. Where the other run is gone, they are those that a finished training recorded there.
     """
     init = experiment.models[name].init
-    return [] if init is None else _identity(init, name, "init", folder, lambda info: info["init"])
+    return [] if init is None else _identity(init, name, "init", folder)
 
 
 def extra_identity(experiment: Experiment, name: str, folder: Path) -> list[tuple[bool, list[str]]]:
     """Return (`logits`, the hashes that `init_identity` returns) of each of a model's extra towers."""
-    result = []
-    for number, each in enumerate(experiment.models[name].extra_towers):
-        part = partial(_recorded_extra, number)
-        result.append((each.logits, _identity(each.init, name, f"extra_towers.{number}", folder, part)))
-    return result
+    return [
+        (each.logits, _identity(each.init, name, f"extra_towers.{number}", folder))
+        for number, each in enumerate(experiment.models[name].extra_towers)
+    ]
 
 
-def _recorded_extra(number: int, info: Mapping[str, Any]) -> Mapping[str, Any]:
-    recorded: Mapping[str, Any] = info["extra_towers"][number]
-    return recorded
-
-
-def _identity(
-    init: str, name: str, setting: str, folder: Path, part: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-) -> list[str]:
-    """See `init_identity`. part: returns what a fold.json records of the setting."""
+def _identity(init: str, name: str, setting: str, folder: Path) -> list[str]:
+    """See `init_identity`. setting: dotted key of model `name`, with the value `init`."""
     try:
         return [network.weights for network in find_networks(init, name, setting)]
     except (ConfigError, CheckpointError):
-        try:
-            recorded: list[str] = part(read_info(folder / "fold"))["networks"]
-        except (CheckpointError, KeyError, IndexError):
-            recorded = []
-        if not recorded:
-            raise
-        return recorded
+        if recorded := _recorded_networks(folder, setting):
+            return recorded
+        raise
+
+
+def _recorded_networks(folder: Path, setting: str) -> list[str]:
+    """Return the hashes that the fold.json in a folder records of a setting; [] without any."""
+    try:
+        part: Any = read_info(folder / "fold")
+        for key in setting.split("."):
+            part = part[int(key) if isinstance(part, list) else key]
+        return list(part["networks"])
+    except (CheckpointError, KeyError, IndexError):
+        return []
 
 
 @dataclass(frozen=True)
@@ -224,10 +222,6 @@ def _path(init: str) -> Path:
         if parent.is_file() and parent.suffix == ".zip":
             return locate_run(parent) / path.relative_to(parent)
     return path.absolute()
-
-
-def _read(folder: Path) -> TrainedNetwork:
-    return TrainedNetwork(folder, read_info(folder / "fold"))
 
 
 def fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:

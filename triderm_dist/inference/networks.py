@@ -15,7 +15,6 @@ from triderm_dist.config import AugmentConfig, Frame, ModelConfig
 from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
 from triderm_dist.engine.embed import frozen_model
-from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.model_tower import open_tower
 from triderm_dist.engine.network_files import load_weights
 from triderm_dist.engine.trained_network import TrainedNetwork
@@ -172,7 +171,7 @@ class NetworkLoader:
 
         Raises DataError if they were trained on different ones.
         """
-        towers = {fold_tower(each.folder, each.info) for each in self.run.networks[name]} - {None}
+        towers = {each.tower for each in self.run.networks[name]} - {None}
         if len(towers) > 1:
             raise DataError(f"{self.run.path / name}: its folds were trained on different towers; train them again")
         return towers.pop() if towers else None

@@ -10,7 +10,6 @@ from typing import Any, get_args
 from triderm_dist.config import CONFIG_FILE, Experiment, Networks, load_run
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.engine.fold import model_config, network_folders
-from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.fitted_ensemble import FittedEnsemble
 from triderm_dist.ensemble.predict import trained_on
@@ -100,7 +99,7 @@ def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
 def _trained(experiment: Experiment, name: str, networks: Networks) -> list[TrainedNetwork]:
     model_config(experiment, name)
     folders = network_folders(experiment, name, networks)
-    return [TrainedNetwork(folder, read_info(folder / "fold")) for folder in folders]
+    return [TrainedNetwork.read(folder) for folder in folders]
 
 
 def _preparation(experiment: Experiment, info: Mapping[str, Any]) -> tuple[tuple[int, int], int | None]:

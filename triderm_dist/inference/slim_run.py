@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from triderm_dist.config import CONFIG_FILE, Experiment, RemoteConfig, save
-from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.model_tower import open_tower
 from triderm_dist.engine.network_files import read_info, write_info
 from triderm_dist.engine.trained_network import TrainedNetwork
@@ -51,7 +50,7 @@ def write_slim_run(run: RunFolder, folder: Path) -> None:
         copy_file(run.path / name, folder / name)
     for name, trained in run.networks.items():
         refitted = run.experiment.refit_folder(name)
-        refit = [TrainedNetwork(refitted, read_info(refitted / "fold"))] if (refitted / "fold.json").exists() else []
+        refit = [TrainedNetwork.read(refitted)] if (refitted / "fold.json").exists() else []
         for network in (*trained, *refit):
             _write_network(run, folder, name, network)
     if run.fitted.stacker and run.fitted.stacker.extra == "embeddings":
@@ -88,7 +87,7 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
             "train this fold again"
         )
     run.fitted.check_weights([(name, network.refit_of or [network.weights])])
-    towers, record = folder / tower_record.FOLDER, fold_tower(network.folder, network.info)
+    towers, record = folder / tower_record.FOLDER, network.tower
     if record is None or not (towers / f"{record.name}.json").exists():
         with torch.random.fork_rng(devices=[]):
             record, tower = open_tower(run.experiment, run.experiment.models[name], record)
