@@ -284,7 +284,7 @@ def training_step(
     train_step = build_step(accelerator, prepared, loss, config, guard, graphed)
     meter = ThroughputMeter(0, 100_000, ranks * lesions, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
-    tracker = Tracker("ours", folder, True, lines=TrainLines(100_000, 1, loss.names)).__enter__()
+    tracker = Tracker("ours", folder, lines=TrainLines(100_000, 1, loss.names), config=config).__enter__()
     average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
     mixing = Mixing(config.augment, task) if config.augment.mixes else lambda batch: batch
     done, sums = 0, None

@@ -9,7 +9,7 @@ from triderm_dist.monitoring.profiler import profiler
 
 @pytest.mark.parametrize(("taken", "recorded"), [(2, 0), (3, 0), (4, 1), (8, 5), (12, 5)])
 def test_recorded_steps_are_reported(tmp_path, capsys, taken, recorded):
-    with profiler(tmp_path, 5, True) as profile:
+    with profiler(tmp_path, 5) as profile:
         for _ in range(taken):
             profile.step()
     output = " ".join(capsys.readouterr().out.split())

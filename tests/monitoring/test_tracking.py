@@ -23,9 +23,10 @@ TRAIN = {
 }  # fmt: skip
 
 
-def tracker_in(folder, **settings):
+def tracker_in(folder, trackers=("tensorboard",), **more):
     lines = TrainLines(40, 2, ("focal", "soft_f1", "aux"), mfu=True)
-    return Tracker("tri fold 0", folder, True, lines=lines, **settings)
+    config = TrainConfig(trackers=trackers, optim={"lr": 0.1})
+    return Tracker("tri fold 0", folder, lines=lines, config=config, **more)
 
 
 def scalars_of(folder) -> dict[str, dict[int, float]]:
@@ -98,13 +99,13 @@ def test_settings_of_an_unknown_tracker_are_refused():
 
 def test_unknown_and_missing_trackers_are_refused_on_every_rank(tmp_path):
     with pytest.raises(ConfigError, match=r"'weights_and_biases' is not a tracker; known: aim, .*wandb"):
-        Tracker("x", tmp_path, False, lines=TrainLines(1, 1), trackers=["weights_and_biases"])
+        tracker_in(tmp_path, ["weights_and_biases"])
     available = [str(kind) for kind in get_available_trackers()]
     missing = next(name for name in ("aim", "clearml", "dvclive", "swanlab") if name not in available)
     with pytest.raises(
         ConfigError, match=f"{missing} is not installed; {re.escape(install_command(missing))}, or remove it"
     ):
-        Tracker("x", tmp_path, False, lines=TrainLines(1, 1), trackers=[missing])
+        tracker_in(tmp_path, [missing])
     assert not list(tmp_path.iterdir())
 
 
@@ -157,11 +158,11 @@ class _Kept(GeneralTracker):
 
 def test_final_scores_are_logged_with_the_settings_of_the_tracker(tmp_path, capsys):
     register_tracker_class(_Kept)
-    log_scores(
-        tmp_path, {"held out/macro F1": 0.5}, ("tensorboard", "kept"), {"kept": {"run_name": "own", "tags": [1]}}
-    )
+    own = {"kept": {"run_name": "own", "tags": [1]}}
+    config = TrainConfig(trackers=("tensorboard", "kept"), tracker_settings=own)
+    log_scores(tmp_path, {"held out/macro F1": 0.5}, config)
     assert _Kept.seen == [{"run_name": "own", "tags": [1], "logging_dir": str(tmp_path)}, {"held out/macro F1": 0.5}]
-    log_scores(tmp_path, {}, ("none",), {})
+    log_scores(tmp_path, {}, TrainConfig(trackers=("none",)))
     assert capsys.readouterr().out.startswith("scores are not logged to none: train.trackers: 'none' is not a tracker")
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +193,7 @@ class _Flaky(GeneralTracker):
 
 def test_failing_tracker_is_dropped(tmp_path, capsys):
     register_tracker_class(_Flaky)
-    with tracker_in(tmp_path, trackers=["flaky"], settings={"optim.lr": 0.1}) as tracker:
+    with tracker_in(tmp_path, trackers=["flaky"]) as tracker:
         for step in (1, 2, 3):
             tracker.log("train", 0, step, TRAIN)
     assert [seen.get("train/loss", seen.get("optim.lr")) for seen in _Flaky.seen] == [0.1, 1.5]
@@ -207,7 +208,7 @@ def test_failing_tracker_is_dropped(tmp_path, capsys):
 def test_mlflow_gets_settings_and_metrics(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    with tracker_in(tmp_path, trackers=["mlflow"], group="demo", settings={"optim.lr": 0.1}) as tracker:
+    with tracker_in(tmp_path, trackers=["mlflow"], group="demo") as tracker:
         tracker.log("train", 0, 10, TRAIN)
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert run.info.run_name == "demo tri fold 0" and run.data.tags["group"] == "demo"

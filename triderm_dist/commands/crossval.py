@@ -98,7 +98,7 @@ def print_results(config: CrossvalRun, names: Sequence[str]) -> None:
     results = fold_results(config.experiment, names, range(config.data.folds))
     print(fold_table(results))
     scores = {f"{each.model}/fold {each.fold}/{key}": getattr(each, key) for each in results for key in LOGGED}
-    log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
+    log_scores(config.folder, scores, config.train)
 
 
 def gather_oof(config: CrossvalRun, index: ShardIndex) -> None:

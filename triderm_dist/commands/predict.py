@@ -214,7 +214,7 @@ def _score(
         print(wrapped(f"note: {in_training(count, result['n'])}; pack the test set without them"))
     found = {"macro F1": result["macro_f1"], "low": low, "high": high}
     scores = {f"{'refit ' if config.networks == 'refit' else ''}held out/{key}": value for key, value in found.items()}
-    log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
+    log_scores(config.folder, scores, config.train)
 
 
 def predict_input(config: PredictRun) -> None:

@@ -53,7 +53,7 @@ def main(config: StackRun) -> None:
         from triderm_dist.monitoring.tracking import log_scores
 
         scores = {f"nested macro F1/{row.name}": row.nested.value for row in fit.rows}
-        log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
+        log_scores(config.folder, scores, config.train)
 
 
 def start() -> None:

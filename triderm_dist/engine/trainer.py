@@ -46,10 +46,8 @@ from triderm_dist.monitoring.startup_report import LesionCounts, format_report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, check_trackers
 from triderm_dist.monitoring.train_lines import TrainLines
-from triderm_dist.runtime.redact import redact_tree
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import CheckpointError
-from triderm_dist.settings import flatten
 
 
 @dataclass(frozen=True)
@@ -195,12 +193,11 @@ class Trainer:
 
     def _build_tracker(self, display: Display, steps: int, has_flops: bool) -> Tracker:
         """Return the tracker of a training of `steps` steps, which shows the MFU if it has FLOPs to compute it from."""
-        state, config = self.training.state, self.config
+        state = self.training.state
         lines = TrainLines(steps, self.last_epoch, self.loss.names, has_flops, display.prefix(self.name))
         return Tracker(
-            self.name, self.folder.path, self.accelerator.is_main_process, lines=lines, step=state.step,
-            epoch=state.epoch, trackers=config.trackers, tracker_settings=config.tracker_settings, group=display.run,
-            settings=flatten(redact_tree(config.model_dump(mode="json"))), later_seconds=display.later_seconds,
+            self.name, self.folder.path, lines=lines, config=self.config, step=state.step, epoch=state.epoch,
+            group=display.run, later_seconds=display.later_seconds,
         )  # fmt: skip
 
     def _load_newest(self, network: Network) -> Checkpoint | None:
@@ -226,10 +223,10 @@ class Trainer:
         that cannot be written, and, after saving, Interrupted if `stop` was requested.
         """
         on_main(lambda: self._begin(on_start))
-        state, active = self.training.state, self.accelerator.is_main_process
+        state = self.training.state
         with (
             self.tracker,
-            profiler(self.folder.path, self.config.profile, active) as profile,
+            profiler(self.folder.path, self.config.profile) as profile,
             self.checkpoints,
             stop.save_on_stop(self._save_at_once),
         ):

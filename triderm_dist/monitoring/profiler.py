@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from triderm_dist.distributed.collectives import is_main
 from triderm_dist.runtime.terminal import wrapped
 
 WARM_UP = 3
@@ -17,13 +18,13 @@ WARM_UP = 3
 
 
 @contextmanager
-def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
-    """Profile in the block; yields an object whose `.step()` must be called after every optimizer step.
+def profiler(folder: Path, steps: int | None) -> Iterator[Any]:
+    """Profile rank 0 in the block; yields an object whose `.step()` must be called after every optimizer step.
 
-    Records up to `steps` steps into FOLDER/trace.json and prints how many, or that there were too few. Does nothing if
-    `steps` is None or not `active`.
+    Records up to `steps` steps into FOLDER/trace.json and prints how many, or that there were too few; None records
+    none.
     """
-    if steps is None or not active:
+    if steps is None or not is_main():
         yield SimpleNamespace(step=lambda: None)
         return
     from torch.profiler import ProfilerActivity, profile, schedule

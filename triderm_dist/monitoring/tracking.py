@@ -11,23 +11,24 @@ from types import TracebackType
 from typing import Any
 
 from triderm_dist.config import TrainConfig
-from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import metrics_line, read_metrics
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.extras import install_command, is_installed
 from triderm_dist.runtime.messages import did_you_mean, one_line
-from triderm_dist.runtime.redact import REDACTED
+from triderm_dist.runtime.redact import REDACTED, redact_tree
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError
 from triderm_dist.schema.plugins import check_known
+from triderm_dist.settings import flatten
 
 PROJECT = "triderm-dist"
 """Project or experiment of the runs, for trackers that have one."""
 
 
 class Tracker:
-    """Appends records to FOLDER/metrics.jsonl, passes them to trackers and prints them, on rank 0 (`active`).
+    """Appends records to FOLDER/metrics.jsonl, passes them to trackers and prints them, on rank 0.
 
     Records: {"kind": "train", epoch, step, seconds, loss, each part of it (focal, soft_f1, other terms, aux), lr,
     grad_norm, lesions_per_s, data_wait, memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch,
@@ -35,10 +36,10 @@ class Tracker:
     a step, after `epoch` validated epochs, drops later records: a resumed run writes them again. Open it and log on
     all ranks.
 
-    trackers: names of Accelerate's trackers, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow, and of those
-    registered by plugins.  tracker_settings: see `tracker_arguments`.  group: name of the run that the training is part
-    of.  settings: configuration that trackers show, by dotted key.  lines: formats what is printed.  later_seconds: the
-    time of the trainings that follow, given that of this one.
+    name: of the training.  lines: formats what is printed.  config: the settings, which trackers show.
+    `config.trackers`: names of Accelerate's trackers, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow, and
+    of those registered by plugins.  group: name of the run that the training is part of.
+    later_seconds: the time of the trainings that follow, given that of this one.
 
     Raises ConfigError, on all ranks, for an unknown tracker or a missing package (without TensorBoard, the default, a
     line is printed instead); opening raises it for a tracker that does not start. A tracker that fails later is
@@ -49,24 +50,20 @@ class Tracker:
         self,
         name: str,
         folder: Path,
-        active: bool,
         *,
         lines: TrainLines,
+        config: TrainConfig,
         step: int = 0,
         epoch: int = 0,
-        trackers: Sequence[str] = ("tensorboard",),
-        tracker_settings: Mapping[str, Mapping[str, Any]] | None = None,
         group: str = "",
-        settings: Mapping[str, Any] | None = None,
         later_seconds: Callable[[float], float] = lambda seconds: 0.0,
     ) -> None:
-        self.name, self.active, self._lines, self._later_seconds = name, active, lines, later_seconds
-        self._kinds = tracker_classes(trackers)
-        if "tensorboard" in trackers and "tensorboard" not in self._kinds:
+        self.name, self._lines, self._config, self._later_seconds = name, lines, config, later_seconds
+        self._path, self._step, self._epoch, self._group = folder / "metrics.jsonl", step, epoch, group
+        self._kinds = tracker_classes(config.trackers)
+        if "tensorboard" in config.trackers and "tensorboard" not in self._kinds:
             line = wrapped(f"{name}: no TensorBoard files: {install_command('tensorboard')}")
             on_main(lambda: print(line, flush=True))
-        self._path, self._step, self._epoch, self._settings = folder / "metrics.jsonl", step, epoch, settings or {}
-        self._tracker_settings, self._group = tracker_settings or {}, group
 
     def __enter__(self) -> Tracker:
         on_main(self._open)
@@ -79,10 +76,11 @@ class Tracker:
         write_text(self._path, "".join(map(metrics_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
         self._began = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
+        shown = flatten(redact_tree(self._config.model_dump(mode="json")))
         self._trackers = {
             kind: _started(
                 cls, tracker_arguments(kind, self.name, self._group, folder, step),
-                self._tracker_settings.get(kind, {}), self._settings,
+                self._config.tracker_settings.get(kind, {}), shown,
             )
             for kind, cls in self._kinds.items()
         }  # fmt: skip
@@ -90,7 +88,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.active:
+        if is_main():
             with naming_file(self._path):  # closing writes the buffer, which a full disk may reject
                 self._file.close()
             self._for_each("finish")
@@ -180,22 +178,17 @@ def tracker_arguments(kind: str, name: str, group: str, folder: Path, step: int 
     return {"run_name": PROJECT, "logging_dir": str(folder)}
 
 
-def log_scores(
-    folder: Path,
-    scores: Mapping[str, float],
-    trackers: Sequence[str],
-    tracker_settings: Mapping[str, Mapping[str, Any]],
-) -> None:
+def log_scores(folder: Path, scores: Mapping[str, float], config: TrainConfig) -> None:
     """Log final scores to the trackers of a run, except for TensorBoard, under the name "RUN scores". Call on rank 0.
 
     folder: of the run. A tracker that fails only prints a line, since the run's files hold the scores too.
     """
-    for kind in dict.fromkeys(trackers):
+    for kind in dict.fromkeys(config.trackers):
         if kind == "tensorboard":
             continue
         try:
             arguments = tracker_arguments(kind, "scores", folder.resolve().name, folder)
-            tracker = _started(tracker_class(kind), arguments, tracker_settings.get(kind, {}), {})
+            tracker = _started(tracker_class(kind), arguments, config.tracker_settings.get(kind, {}), {})
             tracker.log(dict(scores))
             tracker.finish()
         except Exception as error:  # services and their clients raise many types
