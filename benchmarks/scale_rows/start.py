@@ -46,8 +46,8 @@ def start_rank(n: int, folder: Path) -> None:
     from triderm_dist.data.loader import LoaderFactory
     from triderm_dist.data.plan import EpochPlan
     from triderm_dist.doctor.preflight import check_training, lesions_of
+    from triderm_dist.engine.epochs import Epochs, TrainingData
     from triderm_dist.engine.fold import assigned_folds
-    from triderm_dist.engine.trainer import TrainingData, _Epochs
 
     experiment, index = open_set(n, folder)
     check_training(experiment, lesions_of(index))
@@ -57,7 +57,7 @@ def start_rank(n: int, folder: Path) -> None:
     loaders: Any = LoaderFactory(index, None)  # type: ignore[arg-type]
     model = experiment.models[next(iter(experiment.models))]
     config = model.train.model_copy(update={"global_batch": GLOBAL_BATCH})
-    epochs = _Epochs(config, TrainingData(loaders, train, loaders, validation), seed=0)
+    epochs = Epochs(config, TrainingData(loaders, train, loaders, validation), seed=0)
     plan: EpochPlan = epochs._plan(0)
     batch = next(iter(plan.batches(RANK, WORLD, GLOBAL_BATCH)))
     index.inputs(batch.rows), index.offsets[batch.rows], index.shard[batch.rows]

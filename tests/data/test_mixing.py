@@ -13,7 +13,7 @@ from triderm_dist.config import AugmentConfig, TrainConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.mixing import Mixing
 from triderm_dist.engine.checkpoint import TrainState
-from triderm_dist.engine.trainer import _Epochs
+from triderm_dist.engine.epochs import Epochs
 from triderm_dist.schema import Batch, ConfigError
 from triderm_dist.settings import validate
 from triderm_dist.tasks import milk10k_task
@@ -149,7 +149,7 @@ def test_micro_batches_must_hold_pairs():
 def test_last_epochs_are_not_mixed() -> None:
     config = validate(TrainConfig, {"epochs": 5, "augment": {"mixup": 0.4, "unmixed_epochs": 2}})
     index = SimpleNamespace(signature=SIGNATURE)
-    epochs = object.__new__(_Epochs)
+    epochs = object.__new__(Epochs)
     epochs.config, epochs.data = config, SimpleNamespace(loaders=SimpleNamespace(index=index))  # type: ignore
     mixed = [epochs.mixing(TrainState(epoch=epoch)) is not None for epoch in range(5)]
     assert mixed == [True, True, True, False, False]

@@ -17,9 +17,10 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine import crossval, fold
 from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.epochs import Epochs, TrainingData
 from triderm_dist.engine.extra_sets import open_extra_sets
 from triderm_dist.engine.fold import assigned_folds, is_fold_finished, result_hash, resume_hash
-from triderm_dist.engine.trainer import Trainer, TrainingData, _Epochs
+from triderm_dist.engine.trainer import Trainer
 from triderm_dist.files import file_sha256
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
@@ -127,7 +128,7 @@ def test_prior_of_logit_adjustment_is_that_of_the_lesions_as_drawn(sets, tmp_pat
         for mask, label, weight in zip(drawn.class_mask.tolist(), drawn.labels, drawn.weights, strict=True):
             totals.setdefault(tuple(mask), np.zeros(4))[label] += weight
     assert len(totals) == 3
-    got = _Epochs(config, training, 0).drawn_lesions()
+    got = Epochs(config, training, 0).drawn_lesions()
     for mask, expected in totals.items():
         (own,) = got.totals[(got.masks == mask).all(1)]
         np.testing.assert_allclose(own / own.sum(), expected / expected.sum(), atol=2e-3)

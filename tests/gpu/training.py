@@ -16,11 +16,12 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import Step
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import parallel
+from triderm_dist.engine.epochs import TrainingData
 from triderm_dist.engine.fold import add_trained_parts, new_network
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.model_inputs import Notes, open_inputs
 from triderm_dist.engine.model_tower import training_tower
-from triderm_dist.engine.trainer import Trainer, TrainingData
+from triderm_dist.engine.trainer import Trainer
 
 SMALL = {
     "trimodal": [
@@ -73,7 +74,7 @@ def create_trainer(
     network = add_trained_parts(new_network(model, data), model, index.task).to(accelerator.device)
     rows = np.arange(len(index))
     return Trainer(
-        name="net", network=network, head=model.head, config=model.train,
+        name="net", network=network, config=model.train,
         data=TrainingData(data.loaders, rows, data.loaders, rows[:0]),
         folder=FoldFolder(folder, ["result"], ["resume"]), seed=0, accelerator=accelerator,
     )  # fmt: skip

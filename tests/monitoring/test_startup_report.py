@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
+from triderm_dist.engine.epochs import TrainingData
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.model_inputs import open_inputs
 from triderm_dist.engine.model_tower import training_tower
-from triderm_dist.engine.trainer import Trainer, TrainingData
+from triderm_dist.engine.trainer import Trainer
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.metrics_log import read_metrics
@@ -130,7 +131,6 @@ def run(tmp_path_factory):
         Trainer(
             name="tri",
             network=network,
-            head=model.head,
             config=model.train,
             data=data,
             folder=FoldFolder(folder, ["x"], ["x"]),

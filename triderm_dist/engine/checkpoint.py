@@ -266,9 +266,11 @@ class Checkpoints:
         """Wait until the files asked for are written. Call on all ranks. Raises OSError on all of them."""
         on_main(self._writer.wait)
 
-    def is_due(self, seconds: float) -> bool:
-        """Return on all ranks whether the last save, or the start, was so many seconds ago. Call on all ranks."""
-        return on_main(lambda: time.monotonic() - self._saved >= seconds)
+    def is_due(self, seconds: float | None) -> bool:
+        """Return on all ranks whether the last save, or the start, was so many seconds ago; None is never. Call on all
+        ranks.
+        """
+        return seconds is not None and on_main(lambda: time.monotonic() - self._saved >= seconds)
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
         """Copy a training to the host and start to write it as a checkpoint, once the one before is written.

@@ -22,6 +22,7 @@ from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch, with_smaller_batches
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
+from triderm_dist.engine.epochs import TrainingData
 from triderm_dist.engine.evaluate import evaluate_parts
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.fold import (
@@ -46,7 +47,7 @@ from triderm_dist.engine.fold_folder import (
 from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.model_inputs import ModelInputs, Notes, mean_tokens, open_training_inputs
 from triderm_dist.engine.network_files import read_info, write_info
-from triderm_dist.engine.trainer import Display, Trainer, TrainingData, check_train_settings
+from triderm_dist.engine.trainer import Display, Trainer, check_train_settings
 from triderm_dist.engine.warm_start import transfer_weights
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions, predictions_writer
@@ -313,7 +314,7 @@ class FoldRun:
             config = config.model_copy(update={"precision": precision})
             accelerator = parallel.start_training(config)
         trainer = Trainer(
-            name=self.title, network=network, head=self.model.head, config=config, data=data,
+            name=self.title, network=network, config=config, data=data,
             folder=self.folder, seed=self.experiment.seed_of(self.name), accelerator=accelerator, epochs=self.epochs,
             display=self.display, why_precision=why,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.full_state import Tensors, host_tensors, local_shard
 from triderm_dist.distributed.parallel import reshard_after_write, unwrap
 from triderm_dist.optim import local_part
@@ -103,3 +104,10 @@ class EpochAverage(WeightAverage):
     def load(self, saved: Tensors) -> None:
         super().load(saved)
         self._epoch = int(saved[_EPOCH])
+
+
+def build_average(wrapped: nn.Module, config: TrainConfig) -> WeightAverage | None:
+    """Return the average of the settings; None without one."""
+    if config.swa_epochs:
+        return EpochAverage(wrapped, config.epochs - config.swa_epochs)
+    return Ema(wrapped, config.ema_decay) if config.ema_decay else None

@@ -12,21 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
-from triderm_dist.data.lesions import Lesions
-from triderm_dist.data.loader import Loader, LoaderFactory
-from triderm_dist.data.mixing import Mixing
-from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.loader import Loader
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import Tensors, frozen_parameters, untrained_tensors
 from triderm_dist.distributed.parallel import Prepared, check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoint, Checkpoints, Training, TrainState
-from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
+from triderm_dist.engine.ema import build_average
+from triderm_dist.engine.epochs import Epochs, TrainingData
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
 from triderm_dist.engine.fold_folder import FoldFolder
@@ -34,7 +30,7 @@ from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream
 from triderm_dist.engine.network_files import read_info
 from triderm_dist.engine.step import StepResult
 from triderm_dist.files import file_sha256, write_text
-from triderm_dist.losses import CompoundLoss, DrawnLesions, HeadKind, probabilities
+from triderm_dist.losses import CompoundLoss, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
@@ -42,31 +38,12 @@ from triderm_dist.models.tower import tensors_hash
 from triderm_dist.monitoring.expectation import Expectation, expect
 from triderm_dist.monitoring.flops import TrainingCompute, training_compute
 from triderm_dist.monitoring.profiler import profiler
-from triderm_dist.monitoring.startup_report import LesionCounts, format_report
+from triderm_dist.monitoring.startup_report import format_report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, check_trackers
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import CheckpointError
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The data of a training.
-
-    training: loaders of a packed set, or of its union with extra sets.  train_rows: rows (n,) of it.
-    loaders: of the packed set.  validation_rows: rows (n,) of it; empty for a training without validation.
-    """
-
-    training: LoaderFactory[Lesions]
-    train_rows: np.ndarray
-    loaders: LoaderFactory[ShardIndex]
-    validation_rows: np.ndarray
-
-    def counts(self) -> LesionCounts:
-        """Count the lesions for the start-up report."""
-        extra = int((self.train_rows >= len(self.loaders.index)).sum())
-        return LesionCounts(len(self.train_rows), extra, len(self.validation_rows))
 
 
 @dataclass(frozen=True)
@@ -108,7 +85,6 @@ class Trainer:
         *,
         name: str,
         network: Network,
-        head: HeadKind,
         config: TrainConfig,
         data: TrainingData,
         folder: FoldFolder,
@@ -124,13 +100,13 @@ class Trainer:
         """
         display = display or Display()
         check_supported(accelerator, config)
-        self.name, self.head, self.config, self.data = name, head, config, data
+        self.name, self.config, self.data, self.head = name, config, data, network.config.head
         self.folder, self.accelerator = folder, accelerator
-        self.epochs, self.last_epoch = _Epochs(config, data, seed), epochs or config.epochs
+        self.epochs, self.last_epoch = Epochs(config, data, seed), epochs or config.epochs
         epoch_steps = self.epochs.steps[: self.last_epoch]
         heads = 1 + len(data.loaders.index.signature.views)
         drawn = self.epochs.drawn_lesions() if config.loss.logit_adjustment else None
-        self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads, drawn).to(accelerator.device)
+        self.loss = CompoundLoss(config.loss, self.head, self.epochs.class_counts, heads, drawn).to(accelerator.device)
         execution, frozen = execution_settings(config, accelerator, network), on_main(partial(_frozen_hash, network))
         self.checkpoints = Checkpoints(folder.path, folder.resume_hashes, config.keep_last, execution, frozen)
         saved = self._load_newest(network)
@@ -168,7 +144,7 @@ class Trainer:
         """
         config, optimizer = self.config, prepared.torch_optimizer
         scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
-        average = _average(prepared.network, config)
+        average = build_average(prepared.network, config)
         training = Training(prepared.network, optimizer, scheduler, average, TrainState(), untrained)
         if saved:
             saved.load_training(self.accelerator, training)
@@ -248,7 +224,7 @@ class Trainer:
                     stop.check()
                 if scores := self._end_epoch(stop):
                     self.tracker.log("validation", state.epoch, state.step, scores)
-                if self._is_save_due(at_end=True):
+                if self._is_save_due_at_end():
                     self.save()
                 if scores and on_validation:
                     self.checkpoints.wait()
@@ -269,16 +245,17 @@ class Trainer:
         self.save()
         self.checkpoints.wait()
 
-    def _is_save_due(self, at_end: bool = False) -> bool:
-        """Return whether a checkpoint is due after a step, or at the end of an epoch. Call on all ranks."""
-        config, state = self.config, self.training.state
-        if at_end and (config.save_every_seconds is None or state.epoch == self.last_epoch):
+    def _is_save_due(self) -> bool:
+        """Return whether a checkpoint is due after a step. Call on all ranks."""
+        config, step = self.config, self.training.state.step
+        if config.save_every and step % config.save_every == 0:
             return True
-        if not at_end and config.save_every and state.step % config.save_every == 0:
-            return True
-        if config.save_every_seconds is None or not (at_end or state.step % config.log_every == 0):
-            return False
-        return self.checkpoints.is_due(config.save_every_seconds)
+        return step % config.log_every == 0 and self.checkpoints.is_due(config.save_every_seconds)
+
+    def _is_save_due_at_end(self) -> bool:
+        """Return whether a checkpoint is due at the end of an epoch. Call on all ranks."""
+        seconds, is_last = self.config.save_every_seconds, self.training.state.epoch == self.last_epoch
+        return seconds is None or is_last or self.checkpoints.is_due(seconds)
 
     def _build_optimizer(self, network: Network) -> torch.optim.Optimizer:
         optimizer = optim.build_optimizer(network, self.config.optim)
@@ -355,12 +332,6 @@ def _is_selected(path: Path, epoch: int, score: float) -> bool:
     return (info["sha256"], info["epoch"], info.get("validation_macro_f1", score)) == (digest, epoch, score)
 
 
-def _average(wrapped: nn.Module, config: TrainConfig) -> WeightAverage | None:
-    if config.swa_epochs:
-        return EpochAverage(wrapped, config.epochs - config.swa_epochs)
-    return Ema(wrapped, config.ema_decay) if config.ema_decay else None
-
-
 def check_train_settings(config: TrainConfig) -> None:
     """Raise ConfigError for an unknown loss term, optimizer, schedule or tracker, or wrong settings of one."""
     CompoundLoss(config.loss, "softmax", np.ones(2))
@@ -386,55 +357,3 @@ def _frozen_hash(network: Network) -> str | None:
     """Return the SHA-256 of the frozen parameters; None without any."""
     frozen = frozen_parameters(network)
     return tensors_hash(frozen) if frozen else None
-
-
-class _Epochs:
-    """The order of every epoch, and the loader of the current one."""
-
-    def __init__(self, config: TrainConfig, data: TrainingData, seed: int) -> None:
-        self.config, self.data, self.seed = config, data, seed
-        self._samples = Samples.of(data.training.index, data.train_rows)
-        self._sampling = Sampling(**config.sampling.model_dump())
-        counts = self._samples.counts
-        self.class_counts = np.pad(counts, (0, len(data.loaders.index.diagnoses) - len(counts)))
-        self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
-        self.total_steps = sum(self.steps)
-        self.rows = len(self._plan(0))
-        """Rows of an epoch without those that fill up its last batch."""
-
-    def drawn_lesions(self) -> DrawnLesions:
-        """Return the lesions that an epoch draws on average."""
-        lesions, labels = self.data.training.index.inputs(self.data.train_rows), self._samples.labels
-        repeats = self._sampling.repeats(self.class_counts)
-        if lesions.class_mask is None or lesions.weights is None:
-            return DrawnLesions(np.ones((1, len(repeats)), bool), (self.class_counts * repeats)[None])
-        masks, group, sizes = np.unique(lesions.class_mask, axis=0, return_inverse=True, return_counts=True)
-        group = group.reshape(-1)
-        weights = lesions.weights / (np.bincount(group, lesions.weights) / sizes)[group]
-        totals = np.zeros(masks.shape)
-        np.add.at(totals, (group, labels), weights * repeats[labels])
-        return DrawnLesions(masks, totals)
-
-    def loader(self, state: TrainState, accelerator: Accelerator) -> Loader:
-        """Return a loader of this rank's part of the rest of the epoch."""
-        config, data = self.config, self.data
-        batches = self._plan(state.epoch).batches(
-            accelerator.process_index, accelerator.num_processes, config.global_batch, start=state.batch
-        )
-        return data.training.create(
-            batches, config.micro_batch, accelerator.device, augment=config.augment, seed=self.seed, epoch=state.epoch
-        )
-
-    def mixing(self, state: TrainState) -> Mixing | None:
-        """Return the mixing of lesions in the current epoch; None without mixing."""
-        augment, left = self.config.augment, self.config.epochs - state.epoch
-        if not augment.mixes or left <= augment.unmixed_epochs:
-            return None
-        return Mixing(augment, self.data.loaders.index.signature)
-
-    def done(self, state: TrainState) -> float:
-        """Return the number of epochs done, with the fraction of the current one."""
-        return state.epoch + state.batch / self.steps[state.epoch]
-
-    def _plan(self, epoch: int) -> EpochPlan:
-        return EpochPlan(self._samples, self._sampling, self.seed, epoch)
