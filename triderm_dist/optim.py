@@ -170,14 +170,19 @@ def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
     return optimizer
 
 
+def _of_one_matrix(config: OptimConfig) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """Return a small weight matrix with a gradient of 0, and the optimizer of the settings for it alone."""
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    parameter.grad = torch.zeros_like(parameter)
+    return parameter, _new_optimizer([{"params": [parameter], "weight_decay": config.weight_decay}], config)
+
+
 def check_names(config: OptimConfig) -> None:
     """Raise ConfigError for an unknown optimizer or schedule, settings that the optimizer does not take, or an
     optimizer that a checkpoint cannot hold.
     """
-    parameter = nn.Parameter(torch.zeros(8, 8))
-    optimizer = _new_optimizer([{"params": [parameter], "weight_decay": 0.0}], config)
+    parameter, optimizer = _of_one_matrix(config)
     _check_schedule(config.schedule)
-    parameter.grad = torch.zeros_like(parameter)
     attributes, tensors = _numbers(vars(optimizer)), copy.deepcopy(_tensors(optimizer.param_groups[0]))
     try:
         optimizer.step()  # some settings fail here only
@@ -235,9 +240,7 @@ def _numbers(attributes: dict[str, Any]) -> dict[str, float]:
 
 def state_size(config: OptimConfig) -> float:
     """Return the number of state values per element of a weight matrix: 2 for AdamW, its moments."""
-    parameter = nn.Parameter(torch.zeros(8, 8))
-    optimizer = _new_optimizer([{"params": [parameter], "weight_decay": config.weight_decay}], config)
-    parameter.grad = torch.zeros_like(parameter)
+    parameter, optimizer = _of_one_matrix(config)
     optimizer.step()
     tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() for tensor in tensors if tensor.ndim) / parameter.numel()
@@ -245,7 +248,7 @@ def state_size(config: OptimConfig) -> float:
 
 def is_capturable(config: OptimConfig) -> bool:
     """Return whether a CUDA graph can capture the optimizer's step, including the skip of non-finite steps."""
-    optimizer = _new_optimizer([{"params": [nn.Parameter(torch.zeros(8, 8))], "weight_decay": 0.0}], config)
+    _, optimizer = _of_one_matrix(config)
     return getattr(optimizer, "_step_supports_amp_scaling", False) and "capturable" in optimizer.defaults
 
 
