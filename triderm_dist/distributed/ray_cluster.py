@@ -58,7 +58,7 @@ def running_ray(
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": forward}
     # "local", since without an address Ray connects to the cluster that was last started on this machine.
     # Nothing large passes through the object store, whose default is a third of the memory.
-    local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20, **_temporary_folder(setting)}
+    local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20, **_temporary_folder()}
     with handle_signals(_interrupt, [signal.SIGINT]), handle_signals(_as_ctrl_c):
         try:
             _check_reachable(address)
@@ -80,7 +80,7 @@ def running_ray(
                 ray.shutdown()
 
 
-def _temporary_folder(setting: str) -> dict[str, str]:
+def _temporary_folder() -> dict[str, str]:
     """Return Ray's setting for a short folder if TMPDIR is too long for the paths of its sockets.
 
     Raises InputError if there is none.
