@@ -217,8 +217,25 @@ class Network(nn.Module, ABC):
 
     def encode(self, clinical: Tensor, dermoscopic: Tensor) -> dict[str, Tensor]:
         """Return the tokens (B, L, width) of each used view, which `forward` takes within `given_tokens`."""
-        images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
-        return self._tokens({view: images[view] for view in self.used_views})
+        images = {view: x for view, x in zip(VIEWS, (clinical, dermoscopic), strict=True) if view in self.used_views}
+        if not self.holds_towers or self._given_tokens or not images:
+            return images
+        if SHARED in self.towers:
+            # One pass over both views, so that batch norms compute their statistics over both.
+            sizes = [pixels.shape[0] for pixels in images.values()]
+            tokens = self.towers[SHARED](torch.cat(list(images.values())))
+            return dict(zip(images, tokens.split(sizes), strict=True))
+        if self._second_stream is None or len(images) < 2:
+            return {view: self.towers[view](pixels) for view, pixels in images.items()}
+        (first, pixels), (second, other_pixels) = images.items()
+        current = torch.cuda.current_stream()
+        self._second_stream.wait_stream(current)
+        with torch.cuda.stream(self._second_stream):
+            other_tokens = self.towers[second](other_pixels)
+        tokens = self.towers[first](pixels)
+        current.wait_stream(self._second_stream)
+        other_tokens.record_stream(current)
+        return {first: tokens, second: other_tokens}
 
     @contextmanager
     def given_tokens(self) -> Iterator[None]:
@@ -281,26 +298,6 @@ class Network(nn.Module, ABC):
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]
-
-    def _tokens(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.holds_towers or self._given_tokens or not images:
-            return images
-        if SHARED in self.towers:
-            # One pass over both views, so that batch norms compute their statistics over both.
-            sizes = [pixels.shape[0] for pixels in images.values()]
-            tokens = self.towers[SHARED](torch.cat(list(images.values())))
-            return dict(zip(images, tokens.split(sizes), strict=True))
-        if self._second_stream is None or len(images) < 2:
-            return {view: self.towers[view](pixels) for view, pixels in images.items()}
-        (first, pixels), (second, other_pixels) = images.items()
-        current = torch.cuda.current_stream()
-        self._second_stream.wait_stream(current)
-        with torch.cuda.stream(self._second_stream):
-            other_tokens = self.towers[second](other_pixels)
-        tokens = self.towers[first](pixels)
-        current.wait_stream(self._second_stream)
-        other_tokens.record_stream(current)
-        return {first: tokens, second: other_tokens}
 
 
 class ViewTokens(nn.Module):
