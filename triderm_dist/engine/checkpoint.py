@@ -52,7 +52,7 @@ from triderm_dist.distributed.full_state import (
 from triderm_dist.engine.background_writer import BackgroundWriter
 from triderm_dist.engine.ema import WeightAverage
 from triderm_dist.engine.finite import damaged_weight
-from triderm_dist.engine.network_files import read_tensors, save_weights
+from triderm_dist.engine.network_files import check_complete, read_tensors, save_weights
 from triderm_dist.files import file_sha256, naming_file, write_tensors
 from triderm_dist.losses import Sums
 from triderm_dist.models.network import finished_weights
@@ -152,7 +152,7 @@ class Checkpoint:
         self.checksums: dict[str, str] = self.record.get("files", {})
         average = ["average.safetensors"] if (folder / "average.safetensors").exists() else []
         for name in self.checksums or ("weights.safetensors", "optimizer.safetensors", *average):
-            read_tensors(folder / name, header_only=True)
+            check_complete(folder / name)
 
     def verify(self) -> None:
         """Compare every file with its SHA-256 in state.json. Raises CheckpointError for a damaged one.

@@ -5,7 +5,8 @@ The weights are full, under the network's own names, and load without the engine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,16 +22,28 @@ from triderm_dist.schema import CheckpointError
 FORMAT, VERSION = "triderm-model", 1
 
 
-def read_tensors(path: Path, header_only: bool = False) -> Tensors:
-    """Read a safetensors file; header_only: only check that it is complete. Raises CheckpointError if it is not."""
-    from safetensors import SafetensorError, safe_open
+def read_tensors(path: Path) -> Tensors:
+    """Read a safetensors file. Raises CheckpointError if it is damaged."""
     from safetensors.torch import load_file
 
+    with _reading(path):
+        return load_file(path)
+
+
+def check_complete(path: Path) -> None:
+    """Raise CheckpointError for a safetensors file that is missing or cut. Reads its header only."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt"):
+        pass
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        if not header_only:
-            return load_file(path)
-        with safe_open(path, framework="pt"):
-            return {}
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable weight file ({error})") from None
 
