@@ -95,9 +95,11 @@ class TrainStep:
     def inputs(self, step: Step, number: int, previous: Sums | None) -> StepInputs:
         """Return the inputs of a step, and register its lesions with the guard."""
         self.guard.remember(number + 1, step)
-        ratios, option = {*self.loss.ratios}, self.config.loss.soft_f1_sums
-        uses_previous = previous and option == "previous" and ratios and ratios <= {*previous}
-        previous = _scaled(previous, step.count / self.config.global_batch) if previous and uses_previous else None
+        ratios, wanted = {*self.loss.ratios}, self.config.loss.soft_f1_sums == "previous"
+        if previous and wanted and ratios and ratios <= {*previous}:
+            previous = _scaled(previous, step.count / self.config.global_batch)
+        else:
+            previous = None
         keys = [self.masks.draw(batch) for batch in step.micro_batches]
         return StepInputs(step.micro_batches, keys, step.count, number + 1, previous)
 
