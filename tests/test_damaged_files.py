@@ -27,6 +27,7 @@ from triderm_dist.commands import predict as predict_program
 from triderm_dist.commands import refit as refit_program
 from triderm_dist.commands import stack as stack_program
 from triderm_dist.commands.report import ReportRun
+from triderm_dist.config import TrainConfig
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.token_cache import TokenCache
@@ -350,7 +351,7 @@ def test_damaged_records_are_named_or_begun_again(tmp_path):
             read_trial(tmp_path)
         if trial.is_dir():
             trial.rmdir()
-        micro_batch = MicroBatch(tmp_path, "hash", 8, 32)
+        micro_batch = MicroBatch(tmp_path, "hash", TrainConfig(micro_batch=8, global_batch=32))
         write_json(micro_batch.path, {"micro_batch": 4, "identity": "hash"})
         assert micro_batch.size() == 4
         damage(micro_batch.path)

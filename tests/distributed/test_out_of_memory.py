@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.out_of_memory import MicroBatch, next_smaller, with_smaller_batches
 from triderm_dist.schema import ConfigError
@@ -67,7 +68,7 @@ def test_smaller_micro_batches_stay_multiples_of_a_pair():
 
 
 def test_batch_norm_of_one_value_is_explained(tmp_path):
-    norm, sizes = torch.nn.BatchNorm2d(3), MicroBatch(tmp_path, "hash", 1, 4)
+    norm, sizes = torch.nn.BatchNorm2d(3), MicroBatch(tmp_path, "hash", TrainConfig(micro_batch=1, global_batch=4))
     with sizes.fits(1):
         norm(torch.zeros(1, 3, 2, 1))
     message = r"train\.micro_batch: with 1 a trained batch norm has one value per channel"

@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel, PositiveInt
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
+from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import ATTEMPT
@@ -51,20 +52,17 @@ class _MicroBatchKeys(BaseModel):
 class MicroBatch:
     """The micro-batch size of one training: the configured one, or a smaller one that fits into memory."""
 
-    def __init__(self, folder: Path, result_hash: str, configured: int, global_batch: int, smallest: int = 1) -> None:
-        """result_hash: of the training; a file of another training is ignored.  configured: train.micro_batch.
-        smallest: of which every size must be a multiple.
-        """
-        self.path, self.result_hash = folder / "micro_batch.json", result_hash
-        self.configured, self.global_batch, self.smallest = configured, global_batch, smallest
+    def __init__(self, folder: Path, result_hash: str, config: TrainConfig) -> None:
+        """result_hash: of the training; a file of another training is ignored."""
+        self.path, self.result_hash, self.config = folder / "micro_batch.json", result_hash, config
 
     def size(self) -> int:
         """Return the size in the file, read by this rank; the configured one if it cannot be read."""
         try:
             record = read_checked_json(self.path, _MicroBatchKeys)
         except (OSError, DamagedFile):  # also of a network disk, such as ESTALE: the watching thread must not end
-            return self.configured
-        return int(record["micro_batch"]) if record["identity"] == self.result_hash else self.configured
+            return self.config.micro_batch
+        return int(record["micro_batch"]) if record["identity"] == self.result_hash else self.config.micro_batch
 
     def agreed(self) -> int:
         """Return the size in the file, read by rank 0. Call on all ranks."""
@@ -95,7 +93,7 @@ class MicroBatch:
                 if self.size() < size:  # another rank ran out of memory and has left the collective
                     restart()
                 raise
-            smaller = next_smaller(size, self.global_batch // world_size(), self.smallest)
+            smaller = next_smaller(size, self.config.global_batch // world_size(), self.config.smallest_micro_batch)
             write_json(self.path, {"micro_batch": smaller, "identity": self.result_hash})
             print(wrapped(f"{_message(size, smaller)} ({one_line(error, 200)})"), flush=True)
             if world_size() > 1:

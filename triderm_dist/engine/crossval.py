@@ -233,10 +233,7 @@ class FoldRun:
             on_main(self.folder.claim)
             self.update()
             return
-        micro_batch = MicroBatch(
-            self.path, self.folder.result_hash, self.train.micro_batch, self.train.global_batch,
-            smallest=self.train.smallest_micro_batch,
-        )  # fmt: skip
+        micro_batch = MicroBatch(self.path, self.folder.result_hash, self.train)
         while (outcome := self._attempt(micro_batch)) is None:
             for loaders in (self.model_inputs.training, self.model_inputs.loaders):
                 if isinstance(loaders.source, CanvasSource):
