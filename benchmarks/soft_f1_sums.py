@@ -79,7 +79,7 @@ def experiment_of(settings: SumsRun) -> Experiment:
         [
             f"models.m.tower={{source: '{settings.tower}', pretrained: false, image_size: {settings.image_size}}}",
             *("models.m.tower.freeze_clinical=0", "models.m.tower.freeze_dermoscopic=0", "models.m.width=192"),
-            *("models.m.dropout=0", f"train.global_batch={settings.global_batch}"),
+            *("models.m.dropout=0", "train.precision=fp32", f"train.global_batch={settings.global_batch}"),
             f"train.micro_batch={settings.micro_batch}",
         ],
     )
@@ -105,7 +105,7 @@ def open_training(settings: SumsRun) -> Training:
         raise ConfigError(f"shards: {settings.shards} is missing; run make demo, or name other packed shards")
     index, experiment = read_index(settings.shards), experiment_of(settings)
     model = experiment.models["m"]
-    accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
+    accelerator = parallel.start_training(model.train)
     model_inputs = open_inputs(experiment, model, index, accelerator, training_tower(experiment, model, index))
     torch.manual_seed(0)
     network = new_network(model, model_inputs)

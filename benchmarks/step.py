@@ -270,7 +270,7 @@ def training_step(
 
     config, task = model.train, network.signature
     lesions = sum(len(batch.labels) for batch in micro_batches)
-    accelerator = parallel.start(config.precision, config.micro_batch, ranks * lesions, config.optim.clip_norm)
+    accelerator = parallel.start_training(config.model_copy(update={"global_batch": ranks * lesions}))
     build = partial(build_optimizer, config=config.optim)
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(accelerator.device, graphed):
@@ -410,7 +410,7 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
         folder = Path(name)
         model = size.model(folder)
         index = bench.synthetic_shards(folder / "shards", max(128, size.batch), 288)
-        accelerator = parallel.start(size.precision, size.batch, size.batch, 1.0)
+        accelerator = parallel.start_training(model.train)
         towers = build_towers(model.tower)
         source = PhotoSource(index, size.image, towers[0].mean, towers[0].std, model.train.augment)
         network = build_network(model, index.signature, towers).to(torch.device(device_type))

@@ -20,17 +20,17 @@ from triderm_dist.schema import Busy, InputError
 
 
 def world_size() -> int:
-    """Return the number of processes that the launcher started, also before `start`."""
+    """Return the number of processes that the launcher started, also before they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Return the number of this process among all ranks, also before `start`."""
+    """Return the number of this process among all ranks, also before they have joined."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Return whether this process is rank 0, also before `start`."""
+    """Return whether this process is rank 0, also before they have joined."""
     return rank() == 0
 
 

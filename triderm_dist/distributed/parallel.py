@@ -49,7 +49,6 @@ from triderm_dist.runtime.rank_variables import OWN
 from triderm_dist.schema import ConfigError, InputError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-GradientPrecision = Literal["fp32", "bf16"]
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 ATTEMPT = "TRIDERM_ATTEMPT"
@@ -58,13 +57,13 @@ _LAST = "_triderm_last"
 """Attribute of a network under FSDP2: whether it is set up for the last micro-batch of a step. Stored, since each
 change visits all modules."""
 _FSDP2 = "TRIDERM_FSDP2"
-"""Environment variable, set by `start` if the launcher asks for FSDP, which is then hidden from Accelerate."""
+"""Environment variable, set if the launcher asks for FSDP, which is then hidden from Accelerate."""
 
 HARMLESS = (
     # torch 2.14 renames an argument, and functions that DeepSpeed calls; torch 2.11 has the old names only.
     "`broadcast_buffers` is deprecated",
     r"`torch\.distributed\.\w+` is deprecated",
-    # DeepSpeed's barriers; `start` has chosen the device.
+    # DeepSpeed's barriers; `start_inference` has chosen the device.
     r"barrier\(\): using the device under current context",
     # DDP: they differ in dimensions of size 1 only.
     "Grad strides do not match bucket view strides",
@@ -93,20 +92,11 @@ def choose_precision(wanted: Precision, device: torch.device | None = None) -> t
     return "fp16", f"{torch.cuda.get_device_name()} has no bf16; fp16 with loss scaling"
 
 
-def start(
-    precision: Precision,
-    micro_batch: int,
-    global_batch: int,
-    clip_norm: float,
-    rank_timeout: float = 600.0,
-    gradients: GradientPrecision = "fp32",
-) -> Accelerator:
-    """Return the Accelerator of this process, configured with precision and batch split for every strategy.
+def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accelerator:
+    """Return the Accelerator of this process, for work without optimizer steps.
 
     rank_timeout: seconds that ranks wait for each other; later calls in a process keep the value of the first.
-    gradients: precision in which DeepSpeed reduces them over ranks; `wrap` sets it for other strategies.
-    Raises ConfigError if the global batch does not split evenly into ranks times micro-batches, MissingPackage without
-    DeepSpeed if the launcher asks for it.
+    Raises MissingPackage without DeepSpeed if the launcher asks for it.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         require("DeepSpeed ZeRO", *DEEPSPEED)
@@ -114,20 +104,31 @@ def start(
     _hide_fsdp_from_accelerate()
     share_compile_threads(os.environ, available_cores())
     _prepare_device()
-    accelerator = _join_ranks(chosen, rank_timeout)
-    accumulation = split_batch(global_batch, micro_batch, accelerator.num_processes)
+    return _join_ranks(chosen, rank_timeout)
+
+
+def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelerator:
+    """Return the Accelerator of a training, see `start_inference`, with its batch split for every strategy, and with
+    deterministic algorithms if they are asked for.
+
+    Raises ConfigError if the global batch does not split evenly into ranks times micro-batches.
+    """
+    if torch.cuda.is_available():
+        _use_deterministic_algorithms(config.deterministic)
+    accelerator = start_inference(config.precision, rank_timeout)
+    accumulation = split_batch(config.global_batch, config.micro_batch, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = micro_batch
+        settings["train_micro_batch_size_per_gpu"] = config.micro_batch
         settings["gradient_accumulation_steps"] = accumulation
-        settings["gradient_clipping"] = clip_norm
+        settings["gradient_clipping"] = config.optim.clip_norm
         # torch's fused AdamW steps offloaded states, since DeepSpeed's compiles C++ for minutes.
         settings["zero_force_ds_cpu_optimizer"] = False
-        if chosen == "bf16" and zero_stage(accelerator) > 1:
+        if accelerator.mixed_precision == "bf16" and zero_stage(accelerator) > 1:
             # Otherwise micro-batches and ranks are summed in bf16. (ZeRO 1 would use another optimizer class.)
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
             settings["communication_data_type"] = "fp32"
-        if gradients == "bf16":
+        if config.gradient_precision == "bf16":
             settings["communication_data_type"] = "bf16"
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
@@ -154,7 +155,10 @@ def _prepare_device() -> None:
 
 
 def _join_ranks(precision: str, rank_timeout: float) -> Accelerator:
-    """Create the Accelerator, which joins the process group, and start the heartbeat. Raises ConfigError as `start`."""
+    """Create the Accelerator, which joins the process group, and start the heartbeat.
+
+    Raises ConfigError if ranks are missing.
+    """
     on_cpu = not torch.cuda.is_available()
     # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
     backend = "gloo" if on_cpu else "nccl"
@@ -209,14 +213,6 @@ def _naming_missing_ranks() -> Iterator[None]:
         ) from None
 
 
-def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelerator:
-    """Start the Accelerator of a training (see `start`), with deterministic algorithms if they are asked for."""
-    if torch.cuda.is_available():
-        _use_deterministic_algorithms(config.deterministic)
-    clip_norm, gradients = config.optim.clip_norm, config.gradient_precision
-    return start(config.precision, config.micro_batch, config.global_batch, clip_norm, rank_timeout, gradients)
-
-
 def _use_deterministic_algorithms(wanted: bool) -> None:
     """Let PyTorch, cuDNN and cuBLAS use deterministic algorithms on a GPU if `wanted`, else any.
 
@@ -234,11 +230,6 @@ def _use_deterministic_algorithms(wanted: bool) -> None:
         torch.backends.cudnn.benchmark = False
         if hasattr(inductor, "deterministic"):  # since PyTorch 2.10: no autotuning, which changes the order of sums
             inductor.deterministic = True
-
-
-def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accelerator:
-    """Start an Accelerator without optimizer steps: the batch split and the gradient norm are not used."""
-    return start(precision, 1, world_size(), 1.0, rank_timeout)
 
 
 def _join_attempt_group(backend: str, timeout: timedelta) -> None:
@@ -362,7 +353,7 @@ def wrap(
     else:
         wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # adds autocast only
         if chosen == "fsdp2":
-            _shard(network, accelerator, config.gradient_precision)
+            _shard(network, accelerator, config)
         optimizer = build_optimizer(network)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
         if chosen == "ddp":
@@ -400,7 +391,7 @@ def _data_parallel(network: nn.Module, accelerator: Accelerator, config: TrainCo
     return wrapped
 
 
-def _shard(network: Network, accelerator: Accelerator, gradients: GradientPrecision) -> None:
+def _shard(network: Network, accelerator: Accelerator, config: TrainConfig) -> None:
     """`fully_shard` each trained block and then the rest. Frozen weights stay unsharded on every rank: gathering them
     in each forward pass would cost more time than the saved memory is worth.
 
@@ -413,7 +404,7 @@ def _shard(network: Network, accelerator: Accelerator, gradients: GradientPrecis
     options: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "mp_policy": MixedPrecisionPolicy(
-            reduce_dtype=torch.bfloat16 if gradients == "bf16" else None, cast_forward_inputs=False
+            reduce_dtype=torch.bfloat16 if config.gradient_precision == "bf16" else None, cast_forward_inputs=False
         ),
     }
     if "ignored_params" in signature(fully_shard).parameters:  # not in the oldest supported torch: all are sharded

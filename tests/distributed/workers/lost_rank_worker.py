@@ -24,7 +24,7 @@ heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS, heartbeat.LEAVE_SECONDS = 0.2,
 @interrupt_on_lost_rank()
 def main(words: list[str]) -> None:
     fate, begun, timeout = words
-    parallel.start("fp32", 1, 2, 1.0, float(timeout))
+    parallel.start_inference("fp32", float(timeout))
     for step in count():
         all_reduce_sum(torch.ones(1))
         if begun == "1":

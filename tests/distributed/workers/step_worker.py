@@ -66,8 +66,14 @@ def main(shards: str, output: str, cases: str) -> None:
         more = {key: case[key] for key in ("sums", "tower", "kind", "fine", "lora") if key in case}
         config = experiment(case["head"], case["micro_batch"], case["dropout"], **more)
         model = config.models["tri"]
-        precision = case.get("gradients", "fp32")
-        accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9, gradients=precision)
+        train = model.train.model_copy(
+            update={
+                "precision": "fp32",
+                "activation_checkpointing": case.get("checkpointing", False),
+                "gradient_precision": case.get("gradients", "fp32"),
+            }
+        )
+        accelerator = parallel.start_training(train)
         data = open_inputs(config, model, index, accelerator, training_tower(config, model, index))
         torch.manual_seed(0)
         network = add_trained_parts(new_network(model, data), model, index.task)
@@ -82,10 +88,7 @@ def main(shards: str, output: str, cases: str) -> None:
             optimizer.register_step_pre_hook(keep)
             return optimizer
 
-        changes = {"activation_checkpointing": case.get("checkpointing", False), "gradient_precision": precision}
-        wrapped, prepared, optimizer = parallel.wrap(
-            accelerator, network, watched, model.train.model_copy(update=changes)
-        )
+        wrapped, prepared, optimizer = parallel.wrap(accelerator, network, watched, train)
         counts, heads = list(range(1, len(index.diagnoses) + 1)), 1 + len(index.signature.views)
         loss = CompoundLoss(model.train.loss, model.head, counts, heads)
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
