@@ -4,12 +4,14 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
 
 from tests.union_sets import MAIN, OTHER, pack_set
+from triderm_dist.commands import bench
 from triderm_dist.config import CONFIG_FILE, Experiment, load, save
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_source import PhotoSource
@@ -33,6 +35,7 @@ from triderm_dist.models.tower_record import FOLDER, load_tower
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import ConfigError, DataError
 
+Run = TypeVar("Run", bound=Experiment)
 TOWER = "{source: 'timm:test_efficientnet', pretrained: false, image_size: 32%s}"
 QUICK = (
     "data.folds=2",
@@ -40,17 +43,15 @@ QUICK = (
 )
 
 
-def experiment(index: ShardIndex, output: Path, model: str, *words: str) -> Experiment:
-    return load(
-        Experiment, None, [f"data.shards={index.folder}", f"output={output}", f"models.m={model}", *QUICK, *words]
-    )
+def experiment(index: ShardIndex, output: Path, model: str, *words: str, of: type[Run] = Experiment) -> Run:
+    return load(of, None, [f"data.shards={index.folder}", f"output={output}", f"models.m={model}", *QUICK, *words])
 
 
-def joined(index: ShardIndex, output: Path, *extra: str, words=()) -> Experiment:
+def joined(index: ShardIndex, output: Path, *extra: str, words=(), of: type[Run] = Experiment) -> Run:
     """Settings of an MLP with extra towers, each given as {init: ..., logits: ...}."""
     own = TOWER % ", frozen: true, shared: true"
     settings = f"{{kind: mlp, width: 16, heads: 2, tower: {own}, extra_towers: [{', '.join(extra)}]}}"
-    return experiment(index, output, settings, *words)
+    return experiment(index, output, settings, *words, of=of)
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +211,11 @@ def test_doctor_names_the_networks(sets, other):
 def test_tower_that_trains_has_none_beside_it(tmp_path):
     with pytest.raises(ConfigError, match="extra_towers are joined with a frozen tower"):
         load(Experiment, None, ["models.m={extra_towers: [{init: x}]}"])
+
+
+def test_bench_measures_the_network_that_reads_all_towers(sets, other, tmp_path, capsys):
+    words = ["seconds=0.01", f"record={tmp_path / 'records.json'}"]
+    bench.main(joined(sets[0], tmp_path / "run", f"{{init: '{other}/m'}}", words=words, of=bench.BenchRun))
+    assert "joined with the tower of" in " ".join(capsys.readouterr().out.split())
+    caches = list((tmp_path / "run" / "bench" / "tokens").glob("*-mean"))
+    assert len(caches) == 2 and not (tmp_path / "run" / FOLDER).exists()

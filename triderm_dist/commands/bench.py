@@ -39,6 +39,7 @@ def main(config: BenchRun) -> None:
     from triderm_dist.distributed import parallel
     from triderm_dist.distributed.collectives import on_main
     from triderm_dist.engine import bench, cpu_precision
+    from triderm_dist.engine.extra_towers import open_extra_towers
     from triderm_dist.engine.fold import add_trained_parts, model_config, new_network
     from triderm_dist.engine.model_inputs import open_inputs
     from triderm_dist.engine.model_tower import training_tower
@@ -46,7 +47,8 @@ def main(config: BenchRun) -> None:
 
     if config.record:
         bench.read_records(Path(config.record))  # refuse a bad file before measuring, not after
-    named = model_config(config, config.model or next(iter(config.models)))
+    name = config.model or next(iter(config.models))
+    named = model_config(config, name)
     model = named.model_copy(update={"tower": named.tower.model_copy(update={"pretrained": False})})
     train, folder = model.train, config.folder / "bench"
     accelerator = parallel.start_training(train)
@@ -61,7 +63,10 @@ def main(config: BenchRun) -> None:
         accelerator.wait_for_everyone()
         index = read_index(shards)
     experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
-    model_inputs = open_inputs(experiment, model, index, accelerator, training_tower(experiment, model, index))
+    extra = open_extra_towers(experiment, name, index, accelerator)
+    model_inputs = open_inputs(
+        experiment, model, index, accelerator, training_tower(experiment, model, index, extra=extra)
+    )
     network = add_trained_parts(new_network(model, model_inputs), model, index.task).to(accelerator.device)
     if cpu_precision.is_measured(train, accelerator):
         with tempfile.TemporaryDirectory() as kept:  # the choice of this machine, today
