@@ -227,6 +227,20 @@ def test_wandb_continues_the_same_run_on_resume(tmp_path, monkeypatch):
     assert len(runs) == 1
 
 
+def test_wandb_has_a_run_for_each_training_in_a_folder(tmp_path, monkeypatch):
+    kind = type("Wandb", (_Kept,), {"name": "wandb", "requires_logging_directory": False, "seen": []})
+    monkeypatch.setattr(tracking, "tracker_class", lambda name: kind)
+    for step in (0, 10, 0):  # a training, its resume, and another training
+        with tracker_in(tmp_path, trackers=["wandb"], step=step):
+            pass
+    first, resumed, other = (each["id"] for each in kind.seen)
+    assert first == resumed != other
+    (tmp_path / tracking.WANDB_FILE).unlink()
+    with tracker_in(tmp_path, trackers=["wandb"], step=10):  # of an earlier version
+        pass
+    assert kind.seen[-1]["id"] == tracker_arguments("wandb", "tri fold 0", "", tmp_path)["id"]
+
+
 def test_settings_saved_without_their_secret_are_refused_by_name(tmp_path):
     own = {"wandb": {"project": "skin", "api_key": "***"}}
     cls = type("Tracker", (), {"name": "wandb", "requires_logging_directory": False})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from triderm_dist.schema import ConfigError
 from triderm_dist.schema.plugins import check_known
 from triderm_dist.settings import flatten
 
+WANDB_FILE = "wandb_id.txt"
+"""File of a training with the id of its W&B run."""
 PROJECT = "triderm-dist"
 """Project or experiment of the runs, for trackers that have one."""
 
@@ -77,13 +80,12 @@ class Tracker:
         self._file = self._path.open("a", encoding="utf-8")
         self._began = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         shown = flatten(redact_tree(self._config.model_dump(mode="json")))
-        self._trackers = {
-            kind: _started(
-                cls, tracker_arguments(kind, self.name, self._group, folder, step),
-                self._config.tracker_settings.get(kind, {}), shown,
-            )
-            for kind, cls in self._kinds.items()
-        }  # fmt: skip
+        self._trackers = {}
+        for kind, cls in self._kinds.items():
+            arguments = tracker_arguments(kind, self.name, self._group, folder, step)
+            if kind == "wandb":
+                arguments["id"] = _wandb_id(folder, step)
+            self._trackers[kind] = _started(cls, arguments, self._config.tracker_settings.get(kind, {}), shown)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -169,13 +171,28 @@ def tracker_arguments(kind: str, name: str, group: str, folder: Path, step: int 
             "group": os.environ.get("WANDB_RUN_GROUP", group),
             "name": f"{own} {name}" if own else full_name,
             **({} if "WANDB_DIR" in os.environ else {"dir": str(folder)}),
-            # A resumed training continues the W&B run with this id.
-            "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            "id": _id_of_folder(folder),
             "resume": "allow",
         }
     if kind == "mlflow":
         return {"experiment_name": PROJECT, "run_name": full_name, "tags": {"group": group}}
     return {"run_name": PROJECT, "logging_dir": str(folder)}
+
+
+def _wandb_id(folder: Path, step: int) -> str:
+    """Return the id of the W&B run of a training: a new one at its first step, which a resumed training continues.
+
+    That of another training in the same folder, such as one with other settings, would get its first steps again, and
+    W&B drops steps that a run has had.
+    """
+    file = folder / WANDB_FILE
+    if not step:
+        write_text(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8") if file.exists() else _id_of_folder(folder)  # earlier versions wrote none
+
+
+def _id_of_folder(folder: Path) -> str:
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
 def log_scores(folder: Path, scores: Mapping[str, float], config: TrainConfig) -> None:
