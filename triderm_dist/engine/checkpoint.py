@@ -355,32 +355,31 @@ class Checkpoints:
         Prints which are skipped because they are damaged. Raises CheckpointError, on all ranks, where the frozen
         parameters were others.
         """
-        if folder is None:
+        newest = on_main(lambda: self._newest_intact(folder / "checkpoints")) if folder else None
+        if newest is None:
             return None
-
-        def choose() -> str | None:
-            for saved in reversed(readable_checkpoints(folder / "checkpoints", True)):
-                if saved.record["identity"] not in self.resume_hashes:
-                    continue
-                if _is_intact(saved.folder, True):
-                    if saved.record["version"] > 2 and saved.record.get("frozen") != self.frozen:
-                        raise CheckpointError(
-                            f"{saved.folder}: the frozen weights of tower.source or init are not those that this "
-                            "training began with; restore their file, or set another output"
-                        )
-                    return str(saved.folder)
-                self._damaged.append(saved.folder.name)
-            return None
-
-        choice = on_main(choose)
-        if choice is None:
-            return None
-        saved = Checkpoint(Path(choice))
+        saved = Checkpoint(newest)
         before, self.changes = {**OLD_EXECUTION, **saved.record.get("how", {})}, saved.record.get("changes", [])
         now = self.execution
         if changed := {key: [old, now[key]] for key, old in before.items() if now.get(key, old) != old}:
             self.changes = [*self.changes, {"step": saved.state.step, **changed}]
         return saved
+
+    def _newest_intact(self, folder: Path) -> Path | None:
+        """Return the newest intact checkpoint of this training in a folder, and remember newer ones as damaged."""
+        for saved in reversed(readable_checkpoints(folder, True)):
+            if saved.record["identity"] not in self.resume_hashes:
+                continue
+            if not _is_intact(saved.folder, True):
+                self._damaged.append(saved.folder.name)
+                continue
+            if saved.record["version"] > 2 and saved.record.get("frozen") != self.frozen:
+                raise CheckpointError(
+                    f"{saved.folder}: the frozen weights of tower.source or init are not those that this training "
+                    "began with; restore their file, or set another output"
+                )
+            return saved.folder
+        return None
 
     def describe_changes(self, saved: Checkpoint) -> str:
         """Describe in one line the settings that changed between a checkpoint and this run; empty if none did."""
