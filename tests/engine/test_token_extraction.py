@@ -140,8 +140,7 @@ def test_ranks_share_the_chunks_and_agree_after_each_round(
         extractor = token_extraction.TokenExtractor(
             torch.nn.Identity(), None, None, 0, accelerator, ("clinical", "dermoscopic")
         )
-        object.__setattr__(extractor, "extract", extract)
-        object.__setattr__(extractor, "encoder", lambda *_: None)
+        extractor.extract, extractor.encoder = extract, lambda *_: None
         count: list[None] = []
         extractor.fill(cache, ["plain"], False, lambda count=count: count.append(None))
         calls.append(len(count))

@@ -42,7 +42,7 @@ def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
     return [f"augmented-{digest}-{number:02d}" for number in range(augment.token_variants)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenExtractor:
     """Computes the tokens of a frozen tower, or the output of frozen blocks.
 
@@ -60,7 +60,7 @@ class TokenExtractor:
     batch: int = EXTRACT_BATCH
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "views", self.views or self.loaders.index.signature.views)
+        self.views = self.views or self.loaders.index.signature.views
 
     @torch.inference_mode()
     def fill(
@@ -161,8 +161,7 @@ class TokenExtractor:
     def extract(self, encoder: Encoder, rows: np.ndarray, version: str, codec: TokenCodec) -> np.ndarray:
         """Return the output for index rows (n,) in one version, encoded as records (n, views, size)."""
         work = partial(self._extract, encoder, rows, version, codec)
-        tokens, batch = with_smaller_batches(work, self.batch, "lesions at a time", collective=False)
-        object.__setattr__(self, "batch", batch)
+        tokens, self.batch = with_smaller_batches(work, self.batch, "lesions at a time", collective=False)
         return tokens
 
     def _extract(self, encoder: Encoder, rows: np.ndarray, version: str, codec: TokenCodec, batch: int) -> np.ndarray:
