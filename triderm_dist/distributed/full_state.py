@@ -47,11 +47,6 @@ class OptimizerState:
     groups: list[dict[str, Any]] = field(default_factory=list)
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on the CPU, gathered if it is a DTensor; call on all ranks."""
-    return _gathered(tensor).cpu()
-
-
 def host_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
     """Gather named tensors one after the other and copy each to the host, on rank 0 alone, which is to write them.
 
@@ -59,13 +54,14 @@ def host_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
     """
     result: Tensors = {}
     for name, tensor in tensors:
-        full = _gathered(tensor)
+        full = gathered(tensor)
         if is_main():
             result[name] = full.clone() if full.device.type == "cpu" else full.cpu()
     return result
 
 
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor as a full tensor, and any other as it is, without gradient. Call on all ranks."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

@@ -15,7 +15,7 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import collectives, parallel
-from triderm_dist.distributed.full_state import full_tensor
+from triderm_dist.distributed.full_state import gathered
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.fold import add_trained_parts, new_network
@@ -82,7 +82,7 @@ def main(shards: str, output: str, cases: str) -> None:
         def watched(network, gradients=gradients) -> torch.optim.Optimizer:
             def keep(*_) -> None:
                 found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-                gradients.update({name: full_tensor(gradient).clone() for name, gradient in found.items()})
+                gradients.update({name: gathered(gradient).cpu().clone() for name, gradient in found.items()})
 
             optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
             optimizer.register_step_pre_hook(keep)
