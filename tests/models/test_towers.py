@@ -19,16 +19,8 @@ from triderm_dist.config import TowerConfig
 from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
 from triderm_dist.models.timm_tower import split_model
-from triderm_dist.models.tower import InputSpec
-from triderm_dist.models.towers import (
-    IMAGENET_MEAN,
-    OPENAI_MEAN,
-    TOWER_SOURCES,
-    Tower,
-    build_tower,
-    frozen_hash,
-    tower_hash,
-)
+from triderm_dist.models.tower import InputSpec, frozen_hash, tower_hash
+from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, TOWER_SOURCES, Tower, build_tower
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 GOLDEN = ROOT.parent / "shared" / "golden"

@@ -22,8 +22,8 @@ from triderm_dist.engine.warm_start import fitting_tower, tower_weights
 from triderm_dist.models import network_class
 from triderm_dist.models.joined_tower import JoinedTower, Part, build_logits, describe_logits
 from triderm_dist.models.network import SHARED
+from triderm_dist.models.tower import Tower, tower_hash
 from triderm_dist.models.tower_record import TowerRecord
-from triderm_dist.models.towers import Tower, tower_hash
 from triderm_dist.schema import CheckpointError, ConfigError
 
 

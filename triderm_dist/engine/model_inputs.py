@@ -30,8 +30,8 @@ from triderm_dist.engine.model_tower import ModelTower, training_tower
 from triderm_dist.engine.token_extraction import PLAIN, TokenExtractor, augmented_versions
 from triderm_dist.models import network_class
 from triderm_dist.models.joined_tower import JoinedTower, ViewLogits
+from triderm_dist.models.tower import TokenShape, Tower, frozen_hash
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, save_tower
-from triderm_dist.models.towers import TokenShape, Tower, frozen_hash
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import VIEWS
 

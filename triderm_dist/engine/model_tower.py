@@ -18,8 +18,8 @@ from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import transfer_tower, transfer_weights
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import SHARED
+from triderm_dist.models.tower import Tower, tower_hash
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower
-from triderm_dist.models.towers import Tower, tower_hash
 from triderm_dist.schema import UNLABELED, InputError
 
 

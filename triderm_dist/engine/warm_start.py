@@ -30,8 +30,8 @@ from triderm_dist.engine.network_files import read_info, read_weights
 from triderm_dist.engine.trained_network import REFIT, TrainedNetwork
 from triderm_dist.models import build_network
 from triderm_dist.models.network import SHARED, Network
+from triderm_dist.models.tower import Tower
 from triderm_dist.models.tower_record import FOLDER, load_tower
-from triderm_dist.models.towers import Tower
 from triderm_dist.schema import CheckpointError, ConfigError
 
 Weights = dict[str, Tensor]

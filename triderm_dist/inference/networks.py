@@ -23,8 +23,8 @@ from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower
 from triderm_dist.models.network import SHARED, Network
+from triderm_dist.models.tower import Tower
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, read_tower
-from triderm_dist.models.towers import Tower
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError, DataError
 

@@ -18,7 +18,7 @@ from triderm_dist.schema.plugins import check_known, check_subclass
 if TYPE_CHECKING:
     from triderm_dist.config import ModelConfig, TowerConfig
     from triderm_dist.models.network import Network
-    from triderm_dist.models.towers import TokenShape, Tower
+    from triderm_dist.models.tower import TokenShape, Tower
     from triderm_dist.schema import Signature
     from triderm_dist.settings import Section
 

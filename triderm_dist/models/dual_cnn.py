@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triderm_dist.config import ModelConfig
 from triderm_dist.models.network import Head, Network, ViewTokens
-from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.models.tower import TokenShape, Tower
 from triderm_dist.schema import MetadataField, Outputs, Signature
 
 

@@ -17,7 +17,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.dual_cnn import TabularFeatures
 from triderm_dist.models.network import Head, Network
-from triderm_dist.models.towers import JoinedShape, TokenShape, Tower
+from triderm_dist.models.tower import JoinedShape, TokenShape, Tower
 from triderm_dist.schema import ConfigError, Outputs, Signature
 from triderm_dist.settings import Section
 

@@ -43,7 +43,7 @@ from triderm_dist.config import LoraConfig, ModelConfig
 from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.lora import add_lora, merge_lora
-from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.models.tower import TokenShape, Tower
 from triderm_dist.schema import VIEWS, ConfigError, FineOutputs, Outputs, Signature
 from triderm_dist.schema.plugins import described
 from triderm_dist.settings import Section

@@ -24,36 +24,31 @@ from triderm_dist.models.tower import (
     OPENAI_MEAN,
     OPENAI_STD,
     InputSpec,
-    JoinedShape,
     TokenShape,
     Tower,
     TowerOptions,
     TowerSource,
     WeightsLocation,
-    frozen_hash,
     refuse_quick_gelu,
-    tower_hash,
 )
 from triderm_dist.models.weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, existing_weights, read_weight_file
 from triderm_dist.runtime.messages import one_line
 from triderm_dist.schema import ConfigError
 
+# Names of `models.tower` are here for plugins (docs/extending.md).
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "OPENAI_MEAN",
     "OPENAI_STD",
     "TOWER_SOURCES",
-    "JoinedShape",
     "TokenShape",
     "Tower",
     "TowerOptions",
     "TowerSource",
     "WeightsLocation",
     "build_tower",
-    "frozen_hash",
     "locate_weights",
-    "tower_hash",
 ]
 
 

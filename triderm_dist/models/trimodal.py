@@ -17,7 +17,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models.concepts import SemanticTokens
 from triderm_dist.models.fusion import STAGES, FusionBlock, GlobalPooling
 from triderm_dist.models.network import Head, Network, ViewTokens
-from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.models.tower import TokenShape, Tower
 from triderm_dist.schema import Outputs, Signature
 
 

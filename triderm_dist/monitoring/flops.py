@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from triderm_dist.models.network import Network
-from triderm_dist.models.towers import Tower
+from triderm_dist.models.tower import Tower
 from triderm_dist.schema import VIEWS
 
 PEAKS: tuple[tuple[str, float], ...] = (

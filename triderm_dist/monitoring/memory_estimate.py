@@ -24,7 +24,8 @@ from triderm_dist.distributed.parallel import Strategy
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
-from triderm_dist.models.towers import TokenShape, locate_weights
+from triderm_dist.models.tower import TokenShape
+from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.flops import empty_on_cpu, example_inputs
 from triderm_dist.optim import state_size
 from triderm_dist.schema import InputError, Signature

@@ -12,7 +12,7 @@ from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.parallel import choose_precision, split_batch, strategy_of
 from triderm_dist.environment import cpu_model
 from triderm_dist.models.network import Network
-from triderm_dist.models.towers import Tower
+from triderm_dist.models.tower import Tower
 from triderm_dist.monitoring.expectation import Expectation
 from triderm_dist.monitoring.flops import TrainingCompute
 from triderm_dist.runtime.terminal import counted, wrapped
