@@ -153,7 +153,7 @@ def run_trainings(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What fold.json records of a training. changes: of settings on resume.  init: of `models.NAME.init`."""
+    """What fold.json records of a training. changes: see `Trainer.train`.  init: of `models.NAME.init`."""
 
     changes: list[dict[str, Any]]
     init: dict[str, Any] | None
@@ -263,7 +263,7 @@ class FoldRun:
         # A new Accelerator for each training: DeepSpeed binds it to one engine.
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
-            changes, init = self._train(config, accelerator)
+            outcome = self._train(config, accelerator)
             if cpu_precision.is_measured(config, accelerator):
                 accelerator = parallel.start_training(config)  # held-out lesions are predicted in fp32
             if len(self.validation_rows):
@@ -271,7 +271,7 @@ class FoldRun:
         if attempt.failed:
             return None
         accelerator.free_memory()
-        return _Outcome(changes, init)
+        return outcome
 
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the initial network, on the device, and what fold.json records of `models.NAME.init`."""
@@ -297,10 +297,8 @@ class FoldRun:
         network.fit_inputs(mean_tokens(self.model_inputs, rows), *tables)
         return dict(network.named_buffers())
 
-    def _train(
-        self, config: TrainConfig, accelerator: Accelerator
-    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """Train or resume. Returns the changes of settings (see `Trainer.train`), and the record of `init`."""
+    def _train(self, config: TrainConfig, accelerator: Accelerator) -> _Outcome:
+        """Train or resume."""
         train_rows = np.concatenate([self.train_rows, self.model_inputs.extra_rows])
         data = TrainingData(self.model_inputs.training, train_rows, self.model_inputs.loaders, self.validation_rows)
         network, init = self._new_network(accelerator)
@@ -315,7 +313,7 @@ class FoldRun:
             folder=self.folder, seed=self.experiment.seed_of(self.name), accelerator=accelerator, epochs=self.epochs,
             display=self.display, why_precision=why,
         )  # fmt: skip
-        return trainer.train(self.stop, self.on_start, self.on_validation), init
+        return _Outcome(trainer.train(self.stop, self.on_start, self.on_validation), init)
 
     def _predict(self, accelerator: Accelerator, micro_batch: int) -> None:
         """Predict the validation rows, with all inputs and with each input treated as missing, and write both."""
