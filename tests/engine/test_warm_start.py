@@ -12,7 +12,7 @@ from tests.union_sets import MAIN, OTHER, pack_set
 from triderm_dist.config import CONFIG_FILE, Experiment, load, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.engine.fold import is_fold_finished, result_hash
+from triderm_dist.engine.fold import assigned_folds, is_fold_finished, result_hash
 from triderm_dist.engine.network_files import read_info, read_weights
 from triderm_dist.engine.refit import refit
 from triderm_dist.engine.trained_network import TrainedNetwork
@@ -190,6 +190,17 @@ def test_a_frozen_tower_gets_the_trained_weights_and_outlives_the_run(sets, othe
     assert is_fold_finished(config, main, "cnn", 0) and result_hash(config, main, "cnn", 0) == finished
     with pytest.raises(ConfigError, match="no such run"):
         result_hash(config, main, "cnn", 1)
+
+
+def test_a_frozen_tower_and_the_rest_of_all_folds_start_from_one_network(sets, other_run, tmp_path):
+    """The last lesion has the photo of OL000, on which fold 0 of the other run was trained, so that fold 1 remains."""
+    other = sets[1]
+    assert assigned_folds(other, experiment(other, tmp_path).data)[list(other.lesion_ids).index("OL000")] == 1
+    index = pack_set(tmp_path / "new", OTHER, 12, 10_000 - 2 * 11, (40, 40), prefix="N")
+    config = experiment(index, tmp_path / "run", f"{other_run}/cnn", ", frozen: true, shared: true")
+    run_folds(config, index, ["cnn"], range(2))
+    folders = (config.fold_folder("cnn", fold) for fold in range(2))
+    assert [read_info(folder / "fold")["init"]["network"] for folder in folders] == ["cnn/fold-1"] * 2
 
 
 def test_moved_source_keeps_finished_folds_and_other_weights_do_not(sets, other_run, tmp_path):

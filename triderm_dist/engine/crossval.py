@@ -280,10 +280,9 @@ class FoldRun:
         if network.reads_mean_tokens and self.model_inputs.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if start := self.model_inputs.start:
-            # Frozen blocks that are cached are the same for all folds.
-            predicted = (
-                np.flatnonzero(self.assignment >= 0) if self.model_inputs.frozen_blocks else self.validation_rows
-            )
+            # What is cached is the same for all folds (`training_tower`), and all of a network is from one other.
+            is_cached = self.model.tower.cached
+            predicted = np.flatnonzero(self.assignment >= 0) if is_cached else self.validation_rows
             transfer = transfer_weights(network, self.model, start.choose(predicted))
             accelerator.print(wrapped(f"{self.title}: {transfer.describe()}"), flush=True)
             about = {**transfer.json(), "networks": [each.weights for each in start.networks]}
