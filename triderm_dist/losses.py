@@ -297,7 +297,7 @@ class CompoundLoss(nn.Module):
         self._initial = {name: _state(self.terms[name]) for name in config.terms}
         for name, built in self._terms():
             if built.is_mean:
-                of_heads = torch.full((self._heads(built),), self.weights[name])
+                of_heads = torch.full((self._num_heads(built),), self.weights[name])
                 of_heads[1:] *= config.aux_weight
                 self.register_buffer(_mean_weights(name), of_heads, persistent=False)
 
@@ -318,7 +318,9 @@ class CompoundLoss(nn.Module):
             LossInputs(self._adjusted(logits, batch), self.head, batch, targets, outputs) for logits in outputs.heads
         ]
         return {
-            name: torch.stack([_weighted_sum(_rows(name, term, each), batch) for each in inputs[: self._heads(term)]])
+            name: torch.stack(
+                [_weighted_sum(_rows(name, term, each), batch) for each in inputs[: self._num_heads(term)]]
+            )
             for name, term in self._terms()
         }
 
@@ -342,7 +344,7 @@ class CompoundLoss(nn.Module):
                 found[name] = self.get_buffer(_mean_weights(name)) / count
                 continue
             found[name] = at[name] = sums[name].detach().requires_grad_()
-            main, *aux = self._of_heads(name, term, at[name], count)
+            main, *aux = self._head_values(name, term, at[name], count)
             if not main.requires_grad:
                 raise ConfigError(f"train.loss.terms.{name}: value has no gradient; compute it from the sums by torch")
             parts.append(self.weights[name] * (main + self.config.aux_weight * sum(aux)))
@@ -369,7 +371,7 @@ class CompoundLoss(nn.Module):
         sums, count: of the global batch. Waits for the device.
         """
         numbers = {
-            name: torch.stack(self._of_heads(name, term, sums[name], count)).tolist() for name, term in self._terms()
+            name: torch.stack(self._head_values(name, term, sums[name], count)).tolist() for name, term in self._terms()
         }
         main = {name: values[0] for name, values in numbers.items()}
         aux = sum(self.weights[name] * sum(values[1:]) for name, values in numbers.items())
@@ -382,10 +384,12 @@ class CompoundLoss(nn.Module):
     def _active(self) -> list[tuple[str, LossTerm]]:
         return [(name, term) for name, term in self._terms() if self.weights[name]]
 
-    def _heads(self, term: LossTerm) -> int:
+    def _num_heads(self, term: LossTerm) -> int:
+        """Return the number of heads that have a term."""
         return self.heads if term.each_head else 1
 
-    def _of_heads(self, name: str, term: LossTerm, sums: torch.Tensor, count: Count) -> list[torch.Tensor]:
+    def _head_values(self, name: str, term: LossTerm, sums: torch.Tensor, count: Count) -> list[torch.Tensor]:
+        """Return the value of a term for each head that has it, scalars."""
         values = [term.value(each, count) for each in sums.unbind(0)]
         if any(not isinstance(value, torch.Tensor) or value.ndim for value in values):
             raise ConfigError(f"train.loss.terms.{name}: value must return a tensor without dimensions, a scalar")
