@@ -192,7 +192,7 @@ def check_no_file(setting: str, path: str | Path) -> None:
 
 def check_no_mount(output: Path) -> None:
     """Raise ConfigError for a folder to which none can be renamed, since another file system is mounted there."""
-    if output.is_mount():
+    if os.path.ismount(output):  # Path.is_mount of Python 3.11 takes the working folder, ".", for one
         raise ConfigError(
             f"output={output}: is a mount point, and an output appears at once, by renaming; name a folder in it"
         )
