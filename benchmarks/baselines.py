@@ -173,7 +173,7 @@ def print_scores(
         return intervals.macro_f1_difference(nested[name], nested[over], labels, table.groups, resamples, config.seed)
 
     print(f"{len(table)} lesions, {len(np.unique(table.folds))} folds; macro F1, 95% intervals over lesions")
-    print(f"{'':<36} p > 0.5  argmax   tuned  nested                 ensemble minus this")
+    print(f"{'':<36} p > 0.5  argmax   tuned  nested                 final model minus this")
     for name, p in probabilities.items():
         tuned = metrics.macro_f1(decide(p, best_thresholds(p, labels), "any"), labels)
         interval = intervals.macro_f1(nested[name], labels, table.groups)

@@ -45,6 +45,7 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
     for model in MODELS:  # nothing is fitted, including temperatures
         plain = calibration.probabilities_of(read.logits[model], read.heads[model])
         assert rows[model].official == pytest.approx(metrics.official_macro_f1(plain, read.labels))
+    assert [row.title for row in fit.rows][-2:] == ["fitted weights", "final model"]
     assert rows["fitted weights"].official is rows["fitted weights"].argmax is rows["ensemble"].official is None
     rivals = [row.nested.value for name, row in rows.items() if name not in ("fitted weights", "ensemble")]
     assert fit.chosen == ("fitted" if rows["fitted weights"].nested.value > max(rivals) else "mean")

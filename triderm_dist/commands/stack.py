@@ -44,7 +44,7 @@ def main(config: StackRun) -> None:
         table.add_column(COLUMNS[name], justify="right", no_wrap=True)
     for row in fit.rows:
         cells = row.cells()
-        table.add_row(row.name, *(cells[name] for name in shown), style="bold" if row.name == ENSEMBLE else None)
+        table.add_row(row.title, *(cells[name] for name in shown), style="bold" if row.name == ENSEMBLE else None)
     Console(highlight=False).print(table)
     for note in fit.notes:
         print(wrapped(note, first="- "))

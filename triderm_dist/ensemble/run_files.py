@@ -42,7 +42,9 @@ predicts, the weighting has its name.
 CHOSEN = "chosen"
 """The weighting that predicts, chosen on the other folds, which the nested estimate scores."""
 ENSEMBLE = "ensemble"
-"""The row of the chosen weighting in the table of scores; as `ensemble.use`, `mean` or `fitted` whatever they gain."""
+"""The chosen weighting in ensemble.json, "final model" in texts (`score_table.FINAL_MODEL`); as `ensemble.use`, `mean`
+or `fitted` whatever they gain.
+"""
 AUTO = "auto"
 """As `ensemble.use`: the best network, unless the ensemble beats it beyond the noise."""
 RESERVED = (STACKER, MEAN, FITTED, CHOSEN, ENSEMBLE)

@@ -1,4 +1,4 @@
-"""The score table: macro F1 of every member, of the weightings, and of the chosen ensemble.
+"""The score table: macro F1 of every member, of the weightings, and of the final model.
 
 Shapes: N lesions, C diagnoses.
 """
@@ -24,13 +24,16 @@ from triderm_dist.predictions import OofTable
 TITLES = {MEAN: "plain mean", FITTED: "fitted weights", CHOSEN: ENSEMBLE}
 """Rows that are not members, by weighting."""
 
+FINAL_MODEL = "final model"
+"""What predicts new lesions, in texts: the ensemble, or the network or mean of seeds that predicts in its place."""
+
 COLUMNS = {
     "official": "p > 0.5",
     "argmax": "argmax",
     "argmax_tau": "argmax, tau",
     "nested": "nested",
     "interval": "95% interval",
-    "ensemble_minus_this": "ensemble minus this, 95%",
+    "ensemble_minus_this": f"{FINAL_MODEL} minus this, 95%",
     "fitted": "fitted (too high)",
 }
 """Columns of the score table in order, with their titles; `cells` fills them."""
@@ -64,6 +67,10 @@ class ScoreRow:
     fitted: float
     nested: intervals.Interval
     ensemble_minus_this: intervals.Interval
+
+    @property
+    def title(self) -> str:
+        return FINAL_MODEL if self.name == ENSEMBLE else self.name
 
     def json(self) -> dict[str, Any]:
         """Return what ensemble.json stores under scores.NAME."""

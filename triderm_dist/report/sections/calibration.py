@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals
+from triderm_dist.ensemble.score_table import FINAL_MODEL
 from triderm_dist.intervals import Interval
 from triderm_dist.metrics import CALIBRATION_BINS, Reliability
 from triderm_dist.report.calibration import FIT_LESIONS, MOST_PROBABLE, EnsembleCalibration
@@ -58,7 +59,7 @@ def _of_targets(found: EnsembleCalibration) -> Table:
         )
         for target, beyond in zip(found.targets, distinct, strict=True)
     ]
-    return Table("calibration", "Calibration of the ensemble", columns, rows, "probability of")
+    return Table("calibration", f"Calibration of the {FINAL_MODEL}", columns, rows, "probability of")
 
 
 def _of_networks(found: EnsembleCalibration) -> Table:

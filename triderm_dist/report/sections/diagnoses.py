@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from triderm_dist.ensemble.score_table import FINAL_MODEL
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import Target, thinned
 from triderm_dist.report.elements import Column, Figure, Row, Section, Share, Table, Value
@@ -51,7 +52,7 @@ def diagnoses(content: Content) -> Section:
         Column("average_precision", "average precision"),
         Column("share", "by chance: share of the lesions"),
     ]
-    rules = {"decisions of the ensemble": content.score, **found.macro_f1}
+    rules = {f"decisions of the {FINAL_MODEL}": content.score, **found.macro_f1}
     return Section(
         "Diagnoses",
         "diagnoses.html",

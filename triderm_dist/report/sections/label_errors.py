@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from triderm_dist.ensemble.score_table import FINAL_MODEL
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Row, Section, Share, Table
 from triderm_dist.report.gallery import gallery_of
 from triderm_dist.report.lesion_lists import PICTURED_LESIONS, DoubtfulLesion
 
-SUSPECTS, AGREED, ESTIMATED = "found by the ensemble", "and by every network", "estimated by the joint"
+SUSPECTS, AGREED, ESTIMATED = f"found by the {FINAL_MODEL}", "and by every network", "estimated by the joint"
 
 
 def label_errors(content: Content) -> Section:

@@ -1,9 +1,10 @@
-"""Every metric of the ensemble, and how far macro F1 differs between test sets and folds."""
+"""Every metric of the final model, and how far macro F1 differs between test sets and folds."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from triderm_dist.ensemble.score_table import FINAL_MODEL
 from triderm_dist.metrics import METRICS
 from triderm_dist.report.content import MIN_COMMON_LESIONS, Content
 from triderm_dist.report.elements import Column, Row, Section, Table
@@ -29,13 +30,12 @@ def metrics(content: Content) -> Section:
     ]
     columns = [Column("low", "from"), Column("high", "to"), Column("lesions", "lesions in each")]
     columns.append(Column("deviation", "standard deviation"))
+    caption = f"Metrics of the {FINAL_MODEL}, with 95% intervals"
     return Section(
         "Metrics",
         "metrics.html",
         tables=[
-            Table(
-                "metrics", "Metrics of the ensemble, with 95% intervals", [Column("nested", "nested")], rows, "metric"
-            ),
+            Table("metrics", caption, [Column("nested", "nested")], rows, "metric"),
             Table("spread", "Macro F1 of smaller sets of such lesions", columns, spreads, "sets"),
             _folds(content),
         ],
@@ -46,7 +46,7 @@ def _folds(content: Content) -> Table:
     """Return the macro F1 of each fold."""
     numbers, lesions = np.unique(content.rows.folds, return_counts=True)
     networks = content.fold_scores_of_networks
-    columns = [Column("ensemble", "ensemble, nested"), Column("lesions", "lesions")]
+    columns = [Column("ensemble", f"{FINAL_MODEL}, nested"), Column("lesions", "lesions")]
     columns += [Column(name, f"{name}, argmax") for name in networks]
     rows = [
         Row(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import intervals, metrics
+from triderm_dist.ensemble.score_table import FINAL_MODEL
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import NetBenefit, net_benefit_curve
 from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
@@ -62,7 +63,7 @@ def _curves(content: Content) -> Figure:
             of_all = [metrics.net_benefit_of_all(prevalence, risk) for risk in CURVE]
             axes.axhline(0, color=GRAY, linewidth=0.8)
             axes.plot(CURVE, of_all, color=ORANGE, linewidth=1.2, linestyle=DASHED, label="treat all")
-            axes.plot(CURVE, net_benefit_curve(target.ranking, CURVE), color=BLUE, linewidth=1.4, label="ensemble")
+            axes.plot(CURVE, net_benefit_curve(target.ranking, CURVE), color=BLUE, linewidth=1.4, label=FINAL_MODEL)
             axes.set(xlim=(0, CURVE[-1]), ylim=(-0.15 * prevalence, 1.05 * prevalence))
             axes.set_xticks([0, 0.4, 0.8], ["0%", "40%", "80%"])
             axes.locator_params(axis="y", nbins=4)
@@ -73,7 +74,7 @@ def _curves(content: Content) -> Figure:
 
     size = WIDE, panels_height(len(targets))
     names = ", ".join(target.name for target in targets)
-    alt = f"Decision curves of {names}: net benefit of the ensemble and of treating all; treating none has none."
+    alt = f"Decision curves of {names}: net benefit of the {FINAL_MODEL} and of treating all; treating none has none."
     caption = (
         "Decision curves. Treating none has a net benefit of 0; the largest possible is the share of the positives."
     )

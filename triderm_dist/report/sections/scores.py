@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triderm_dist import intervals
 from triderm_dist.ensemble.run_files import ENSEMBLE
-from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
+from triderm_dist.ensemble.score_table import COLUMNS, FINAL_MODEL, SHOWN
 from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Flag, Row, Section, Table
@@ -18,7 +18,7 @@ COLUMN_NOTES = {
 }
 """Notes under the score table, by column."""
 
-TITLES = COLUMNS | {"ensemble_minus_this": "ensemble minus this"}
+TITLES = COLUMNS | {"ensemble_minus_this": f"{FINAL_MODEL} minus this"}
 
 
 def scores(content: Content) -> Section:
@@ -26,7 +26,7 @@ def scores(content: Content) -> Section:
     shown = ["nested", *(key for key in SHOWN[content.task.decision] if key not in ("nested", "interval"))]
     rows = [
         Row(
-            row.name,
+            row.title,
             [None if (row.name, key) == (ENSEMBLE, "ensemble_minus_this") else getattr(row, key) for key in shown],
             lead=row.name == ENSEMBLE,
         )
@@ -36,7 +36,7 @@ def scores(content: Content) -> Section:
     main, fitted = scored_decision(content), fitted_out_of_fold(content)
     nested = f"Nested: the main figure ({main}), {fitted} fitted on the other folds."
     column_notes = COLUMN_NOTES | {"nested": nested}
-    caption = "Macro F1 of members and ensemble, with 95% intervals"
+    caption = f"Macro F1 of members and {FINAL_MODEL}, with 95% intervals"
     return Section(
         "Score of each stage",
         "scores.html",
