@@ -132,6 +132,7 @@ def test_value_is_parsed_by_the_type_of_its_setting(override, key, value):
         ("many={a\u202eb: {}}", r"many: the text holds U\+202E"),
         ("inner..rate=1", "an empty name between the dots"),
         ("several=3", r"several.0: a mapping of settings; write several=\[\{NAME: VALUE\}\]"),
+        ("several.0.rate=0.1", r"several: a list, which is set as a whole; write several=\[VALUE, ...\]"),
         ("several=[{raet: 0.1}]", r"unknown setting 'several.0.raet'; did you mean 'several\[\].rate'\?"),
         ("many.a.raet=0.1", r"unknown setting 'many.a.raet'; did you mean 'many.NAME.rate'\?"),
     ],

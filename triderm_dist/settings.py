@@ -330,6 +330,8 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
         if first["loc"] and isinstance(first["loc"][-1], int):
             return f"{key}: a mapping of settings; write {key.rpartition('.')[0]}=[{{NAME: VALUE}}]"
         return f"{key or 'settings'}: a section of settings; write {key}.NAME=VALUE"
+    if first["type"] == "tuple_type" and isinstance(first["input"], dict):
+        return f"{key}: a list, which is set as a whole; write {key}=[VALUE, ...]"
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first.get("input"), dict) else f" (got {_shown(first.get('input'))})"
     return f"{key or 'settings'}: {message[:1].lower()}{message[1:] or 'not valid'}{got}"

@@ -21,4 +21,5 @@ def test_differences_are_distinct_from_0_after_correction_for_their_number() -> 
     assert intervals.beyond_noise(differences) == [True, False, False]
     assert intervals.beyond_noise(differences[::-1]) == [False, False, True]
     assert intervals.beyond_noise([Interval(0.0, 0.0, 0.0), Interval(0.1, 0.1, 0.1)]) == [False, True]
+    assert intervals.beyond_noise([Interval(0.1, float("nan"), float("nan")), Interval(0.1, 0.1, 0.1)]) == [False, True]
     assert intervals.beyond_noise([]) == []

@@ -24,11 +24,13 @@ def holm(p: np.ndarray) -> np.ndarray:
 def beyond_noise(differences: Sequence[Interval], level: float = 0.05) -> list[bool]:
     """Return which of several differences are distinct from 0, corrected for their number (`holm`).
 
-    Their intervals are taken as normal.
+    Their intervals are taken as normal. A difference without an interval (NaN) is not distinct.
     """
     from scipy.stats import norm
 
     halves = np.array([(each.high - each.low) / 2 for each in differences])
     distances = np.abs([each.value for each in differences])
-    z = np.divide(NORMAL * distances, halves, out=np.where(distances > 0, np.inf, 0.0), where=halves > 0)
+    z = np.divide(
+        NORMAL * distances, halves, out=np.where((distances > 0) & (halves == 0), np.inf, 0.0), where=halves > 0
+    )
     return [bool(p <= level) for p in holm(2 * norm.sf(z))]
