@@ -141,21 +141,29 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_help_is_complete_without_heavy_imports(module):
+def run_module(module, words):
+    """Run a module as a program; return what it prints, and the names of the modules that it imports."""
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['x', '--help']\n"
+        "before = set(sys.modules)\n"
+        f"sys.argv = ['x', *{words}]\n"
         f"try: runpy.run_module('{module}', run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "heavy = {'torch', 'ray', 'xgboost', 'deepspeed', 'pandas', 'matplotlib', 'timm'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "print(*(name for name in set(sys.modules) - before if '.' not in name), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
+    return done.stdout, set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_is_complete_without_heavy_imports(module):
+    printed, imported = run_module(module, ["--help"])
+    heavy = {"torch", "ray", "xgboost", "deepspeed", "pandas", "matplotlib", "timm"} & imported
+    assert not heavy, heavy
     name = "synthetic" if module == "shards.demo" else module.rpartition(".")[2]
-    assert f"triderm {name}" in done.stdout or "accelerate launch" in done.stdout
-    assert "key.subkey=value" in done.stdout or name in ("ranks", "config", "task")
+    assert f"triderm {name}" in printed or "accelerate launch" in printed
+    assert "key.subkey=value" in printed or name in ("ranks", "config", "task")
 
 
 SETTINGS_PACKAGES = {
@@ -176,18 +184,8 @@ SETTINGS_PACKAGES = {
 )
 def test_programs_start_with_few_packages(words, allowed):
     """The time that a program takes to start is that of its imports."""
-    code = (
-        "import runpy, sys\n"
-        "before = set(sys.modules)\n"
-        f"sys.argv = ['triderm', *{words}]\n"
-        "try: runpy.run_module('triderm_dist', run_name='__main__')\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        "print(*(name for name in set(sys.modules) - before if '.' not in name), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert done.returncode == 0, done.stderr
-    installed = set(packages_distributions()) - {"triderm_dist", "_yaml"}
-    assert installed & set(done.stderr.split()) <= allowed
+    _, imported = run_module("triderm_dist", words)
+    assert imported & set(packages_distributions()) - {"triderm_dist", "_yaml"} <= allowed
 
 
 def test_no_pickle_and_no_unsafe_loading():

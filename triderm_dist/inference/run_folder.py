@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,13 +52,18 @@ class RunFolder:
     def signature(self) -> Signature:
         return self.task.signature(self.concepts)
 
+    @cached_property
+    def trained_ids(self) -> set[str]:
+        """The ids of the lesions in oof.parquet; none in an export. Raises DataError for a damaged file."""
+        return trained_on(self.path)[0]
+
     def notes_on_training(self, lesion_ids: Iterable[str]) -> Iterator[str]:
         """Yield how many lesions have the id of a training lesion; nothing for an export, which has no ids.
 
         Raises DataError if oof.parquet is damaged.
         """
-        (trained_ids, _), ids = trained_on(self.path), [*lesion_ids]
-        if count := sum(name in trained_ids for name in ids):
+        ids = [*lesion_ids]
+        if count := sum(name in self.trained_ids for name in ids):
             held_out = self.path / result_files(self.task, OOF_PREFIX)[0]
             yield (
                 f"{count:,} of {counted(len(ids), 'lesion')} {'has' if count == 1 else 'have'} the id of a training "
